@@ -1,0 +1,232 @@
+"""The controller: one detached Ray actor that keeps wanted and live shards the same."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.config import MoonshardConfig
+from cluster.exceptions import ConfigError, ShardStartError
+from cluster.fleet import Fleet, FleetPlan, plan_fleet, remove_leftovers
+from cluster.ray_adapter import list_nodes, serve_is_running
+from cluster.reconcile import ClusterState, ShardView, Verdict, judge, serving
+from cluster.records import (
+    ControllerRecord,
+    cluster_token,
+    load_record,
+    next_version,
+    store_record,
+)
+from cluster.status import build_status
+from routing.placement import build_table
+from routing.table import RoutingTable, ShardEndpoint
+
+__all__ = ["Controller"]
+
+logger = logging.getLogger(__name__)
+
+_APPLICATION_CHECK_S = 2.0
+_ABSENT_CHECKS = 2
+
+
+class Controller:
+    """Places, starts and heals the shards, and publishes who holds what.
+
+    All that it must remember lies in Ray's control store, so that it may die at any time: Ray
+    starts it again, it finds its shards by name, asks each, and publishes the next table. The
+    shards go on serving meanwhile.
+    """
+
+    # Ray awaits it before the first call; typing knows no such constructor.
+    async def __init__(self) -> None:  # type: ignore[misc]
+        logging.basicConfig(level=logging.INFO)
+        self._lock = asyncio.Lock()  # one apply, stop or failure at a time
+        self._changed = asyncio.Condition()  # a new table, or the end
+        self._dirty = asyncio.Event()
+        self._fleet: Fleet | None = None
+        self._record: ControllerRecord | None = None
+        self._failure = ""
+        self._table: RoutingTable | None = None
+        self._published: dict[str, ShardEndpoint] | None = None
+        self._token = await asyncio.to_thread(cluster_token)
+        record = await asyncio.to_thread(load_record)
+        if record is not None:
+            logger.info("back again; looking for the shards")
+            await self._start(record)
+        self._tasks = [
+            asyncio.create_task(self._for_ever(self._publish_when_dirty), name="publish"),
+            asyncio.create_task(self._for_ever(self._watch_application), name="application"),
+        ]
+
+    async def apply(self, config_json: str, application: str = "") -> None:
+        """Make the shards be as the config says. Idempotent; returns before they are ready.
+
+        Args:
+            config_json: a `MoonshardConfig` as JSON.
+            application: Serve application on whose behalf; the shards go when it is deleted.
+
+        Raises:
+            ConfigError: shards run already, for another model or with other settings.
+            CheckpointError, PlacementError: the config and the checkpoint do not fit.
+        """
+        config = MoonshardConfig.model_validate_json(config_json)
+        async with self._lock:
+            if self._fleet is not None:
+                _refuse_change(self._fleet.plan.config, config)
+                return
+            await asyncio.to_thread(remove_leftovers)
+            await self._start(ControllerRecord(config_json, application))
+
+    async def wait_for_table(self, after_version: int, timeout_s: float) -> bytes | None:
+        """The current table once its version exceeds `after_version`; None when none came.
+
+        Tables that are not whole are returned too: the caller must know at once which experts
+        are gone.
+
+        Raises:
+            ShardStartError: the shards could not be started; says why.
+        """
+        async with self._changed:
+            try:
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._failure or self._is_newer(after_version)),
+                    timeout_s,
+                )
+            except TimeoutError:
+                return None
+        if self._failure:
+            raise ShardStartError(self._failure)
+        assert self._table is not None
+        return self._table.to_bytes()
+
+    async def data_plane_token(self) -> bytes:
+        """The secret that dispatchers and shards share."""
+        return self._token
+
+    async def status(self) -> dict[str, Any]:
+        """See `cluster.status.build_status`."""
+        nodes = await asyncio.to_thread(list_nodes)
+        fleet, record = self._fleet, self._record
+        return build_status(
+            self._verdict(),
+            fleet.plan if fleet else None,
+            fleet.views if fleet else [],
+            self._table,
+            nodes,
+            record.application if record else "",
+        )
+
+    async def shutdown(self) -> None:
+        """Drain and end the shards, remove their placement groups, forget the config."""
+        async with self._lock:
+            await self._stop(drain=True)
+
+    async def _start(self, record: ControllerRecord) -> None:
+        config = MoonshardConfig.model_validate_json(record.config_json)
+        plan = await asyncio.to_thread(plan_fleet, config)
+        await asyncio.to_thread(store_record, record)
+        self._record, self._failure = record, ""
+        self._fleet = Fleet(plan, self._token, self._shard_changed)
+        self._fleet.start()
+        logger.info("wanted: %d shards of %s", len(plan.held), config.model.id)
+
+    async def _stop(self, *, drain: bool) -> None:
+        fleet, self._fleet, self._record = self._fleet, None, None
+        await asyncio.to_thread(store_record, None)
+        if fleet is not None:
+            await fleet.stop(fleet.plan.config.shards.drain_timeout_s if drain else 0)
+        else:
+            await asyncio.to_thread(remove_leftovers)
+        self._table = self._published = None
+
+    def _shard_changed(self, view: ShardView) -> None:
+        self._dirty.set()
+
+    def _verdict(self) -> Verdict:
+        if self._failure:
+            return Verdict(ClusterState.FAILED, self._failure)
+        if self._fleet is None or self._record is None:
+            return Verdict(ClusterState.STOPPED, "no shards were asked for")
+        return judge(self._fleet.views, established=self._record.established)
+
+    def _is_newer(self, version: int) -> bool:
+        return self._table is not None and self._table.version > version
+
+    async def _for_ever(self, step: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await step()
+            except Exception:
+                logger.exception("the controller goes on after")
+                await asyncio.sleep(1)
+
+    async def _publish_when_dirty(self) -> None:
+        await self._dirty.wait()
+        self._dirty.clear()
+        async with self._lock:
+            await self._publish()
+
+    async def _publish(self) -> None:
+        fleet, record, verdict = self._fleet, self._record, self._verdict()
+        if fleet is None or record is None:
+            return
+        if verdict.state is ClusterState.FAILED:
+            await self._fail(verdict.reason)
+            return
+        if verdict.state is ClusterState.READY and not record.established:
+            self._record = record.as_established()
+            await asyncio.to_thread(store_record, self._record)
+        endpoints = serving(fleet.views)
+        if endpoints is None or endpoints == self._published:
+            return
+        table = await asyncio.to_thread(_make_table, fleet.plan, endpoints)
+        logger.info(
+            "table %d: %d of %d shards", table.version, len(endpoints), len(fleet.plan.held)
+        )
+        self._table, self._published = table, endpoints
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _fail(self, reason: str) -> None:
+        logger.error("the shards could not be started: %s", reason)
+        await self._stop(drain=False)
+        self._failure = reason
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _watch_application(self) -> None:
+        """End all when the Serve application for which this was started is gone."""
+        absent = 0
+        while absent < _ABSENT_CHECKS:
+            await asyncio.sleep(_APPLICATION_CHECK_S)
+            name = self._record.application if self._record else ""
+            gone = bool(name) and not await asyncio.to_thread(_application_exists, name)
+            absent = absent + 1 if gone else 0
+        logger.info("the application is gone; so go the shards and the controller")
+        await self.shutdown()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+def _make_table(plan: FleetPlan, endpoints: dict[str, ShardEndpoint]) -> RoutingTable:
+    return build_table(next_version(), plan.layers, plan.num_experts, endpoints, plan.held)
+
+
+def _application_exists(name: str) -> bool:
+    return serve_is_running() and name in serve.status().applications
+
+
+def _refuse_change(running: MoonshardConfig, wanted: MoonshardConfig) -> None:
+    for section in ("model", "shards"):
+        old, new = getattr(running, section), getattr(wanted, section)
+        for name in type(old).model_fields:
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after:
+                raise ConfigError(
+                    f"{section}.{name} is {after!r}, but the shards that run were started with "
+                    f"{before!r}; stop them first (`moonshard stop`)"
+                )

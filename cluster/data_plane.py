@@ -1,0 +1,259 @@
+"""The data-plane server of a shard: takes rows, runs its experts on them, answers.
+
+Stateless: a request names layer, rows, expert ids and weights, and any replica may answer it.
+Imports neither Ray nor vLLM's engine, so that it runs and is tested alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.exceptions import ShardStartError
+from cluster.kernels.base import ExpertKernel
+from routing.listener import Listener
+from routing.tcp import TcpConnection
+from routing.throttle import LogThrottle
+from routing.transport import deadline_after, remaining_s
+from routing.wire import (
+    ErrorCode,
+    FrameHeader,
+    Parts,
+    RequestBody,
+    decode_request,
+    encode_error,
+    encode_reply,
+)
+
+__all__ = ["DataPlaneServer", "DataPlaneStats"]
+
+logger = logging.getLogger(__name__)
+
+_SEND_TIMEOUT_S = 60.0
+_NOT_HELD = -3
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlaneStats:
+    """Load of a shard since it started. Picklable.
+
+    Attributes:
+        requests: requests answered with rows.
+        errors: requests answered with an error frame.
+        rows: token rows of them.
+        bytes_received: bodies of requests.
+        bytes_sent: bodies of replies.
+        busy_ns: time in the kernel.
+        queued: requests that wait for the kernel now.
+        connections: open, admitted connections.
+        refused: connections without the right token.
+        broken: connections closed because of what they sent.
+        layers: checkpoint layer ids, the rows of `expert_rows`.
+        experts: logical expert ids, the columns of `expert_rows`.
+        expert_rows: int64 [num_layers, num_held], rows computed per layer and expert.
+    """
+
+    requests: int
+    errors: int
+    rows: int
+    bytes_received: int
+    bytes_sent: int
+    busy_ns: int
+    queued: int
+    connections: int
+    refused: int
+    broken: int
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    expert_rows: npt.NDArray[np.int64]
+
+
+class _Refusal(Exception):
+    """A request that is answered with an error frame."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class DataPlaneServer:
+    """Serves a kernel over TCP, a thread per connection, one computation at a time.
+
+    Args:
+        kernel: the experts.
+        host: address to bind.
+        port: port to bind; 0 takes a free one.
+        token: what dispatchers must hold; None admits everybody (loopback only).
+        incarnation: random id of this start of the shard, told to every dispatcher.
+    """
+
+    def __init__(
+        self,
+        kernel: ExpertKernel,
+        *,
+        host: str,
+        port: int = 0,
+        token: bytes | None,
+        incarnation: str,
+    ) -> None:
+        self._kernel = kernel
+        self._host = host
+        self._layer_index = {layer: index for index, layer in enumerate(kernel.layers)}
+        self._local_ids = _local_id_table(kernel.experts)
+        self._compute = threading.Lock()
+        # Guards the figures below; also signals that `_in_flight` fell to 0.
+        self._idle = threading.Condition()
+        self._in_flight = 0
+        self._is_draining = False
+        self._requests = self._errors = self._rows = self._busy_ns = 0
+        self._bytes_received = self._bytes_sent = self._queued = 0
+        self._expert_rows = np.zeros((len(kernel.layers), len(kernel.experts)), dtype=np.int64)
+        self._throttle = LogThrottle()
+        self._listener = Listener("data-plane", host, port, token, incarnation, self._serve)
+
+    def start(self) -> int:
+        """Bind and serve; returns the port.
+
+        Raises:
+            ShardStartError: the address cannot be bound.
+        """
+        try:
+            return self._listener.start()
+        except OSError as error:
+            raise ShardStartError(
+                f"the data plane cannot listen on {self._host}: {error.strerror or error}"
+            ) from None
+
+    def stats(self) -> DataPlaneStats:
+        """A snapshot."""
+        with self._idle:
+            return DataPlaneStats(
+                requests=self._requests,
+                errors=self._errors,
+                rows=self._rows,
+                bytes_received=self._bytes_received,
+                bytes_sent=self._bytes_sent,
+                busy_ns=self._busy_ns,
+                queued=self._queued,
+                connections=self._listener.num_connections,
+                refused=self._listener.num_refused,
+                broken=self._listener.num_broken,
+                layers=self._kernel.layers,
+                experts=self._kernel.experts,
+                expert_rows=self._expert_rows.copy(),
+            )
+
+    def drain(self, deadline_s: float) -> bool:
+        """Finish what was accepted and turn newcomers away, with an error frame each.
+
+        Args:
+            deadline_s: seconds to wait.
+
+        Returns:
+            Whether everything accepted was answered in time. Connections stay open: `close`.
+        """
+        deadline = deadline_after(deadline_s)
+        with self._idle:
+            self._is_draining = True
+            return self._idle.wait_for(lambda: self._in_flight == 0, remaining_s(deadline))
+
+    def close(self) -> None:
+        """End all connections and threads. Idempotent."""
+        self._listener.close()
+
+    def _serve(self, connection: TcpConnection) -> None:
+        while True:
+            header, body = connection.receive(deadline=None)
+            request = decode_request(header, body)
+            with self._idle:
+                is_accepted = not self._is_draining
+                self._in_flight += is_accepted
+                self._errors += not is_accepted
+            if not is_accepted:
+                refusal = encode_error(header, ErrorCode.DRAINING, "this shard is draining")
+                connection.send(refusal, deadline_after(_SEND_TIMEOUT_S))
+                continue
+            try:
+                answer = self._answer(header, request)
+                connection.send(answer, deadline_after(_SEND_TIMEOUT_S))
+            finally:
+                with self._idle:
+                    self._in_flight -= 1
+                    self._idle.notify_all()
+
+    def _answer(self, header: FrameHeader, request: RequestBody) -> Parts:
+        try:
+            out = self._run(header, request)
+        except _Refusal as refusal:
+            code, message = refusal.code, str(refusal)
+        except Exception as error:
+            # The kernel's fault, not the connection's: the dispatcher is to hear of it.
+            logger.exception("layer %d: %d rows failed", header.layer, header.rows)
+            code, message = ErrorCode.INTERNAL, f"the kernel failed: {type(error).__name__}"
+        else:
+            return encode_reply(header, out)
+        with self._idle:
+            self._errors += 1
+        held_back = self._throttle.admit()
+        if held_back is not None:
+            logger.warning("a request was refused: %s (%d more not logged)", message, held_back)
+        return encode_error(header, code, message)
+
+    def _run(self, header: FrameHeader, request: RequestBody) -> torch.Tensor:
+        index = self._layer_index.get(header.layer)
+        if index is None:
+            raise _Refusal(ErrorCode.NOT_HELD, f"layer {header.layer} is not served here")
+        if header.extra != self._kernel.hidden:
+            raise _Refusal(
+                ErrorCode.BAD_REQUEST,
+                f"rows of {header.extra} elements; the model's have {self._kernel.hidden}",
+            )
+        local_ids = self._to_local(request.ids)
+        out, busy_ns = self._compute_rows(header.layer, request, local_ids)
+        counts = np.bincount(local_ids[local_ids >= 0], minlength=self._expert_rows.shape[1])
+        with self._idle:
+            self._requests += 1
+            self._rows += header.rows
+            self._busy_ns += busy_ns
+            self._bytes_received += header.body_bytes
+            self._bytes_sent += out.nbytes
+            self._expert_rows[index] += counts
+        return out
+
+    def _compute_rows(
+        self, layer: int, request: RequestBody, local_ids: npt.NDArray[np.int32]
+    ) -> tuple[torch.Tensor, int]:
+        """One computation at a time, so that connections do not fight over the cores."""
+        with self._idle:
+            self._queued += 1
+        with self._compute:
+            with self._idle:
+                self._queued -= 1
+            started_ns = time.perf_counter_ns()
+            out = self._kernel(layer, request.rows, local_ids, request.weights)
+            return out, time.perf_counter_ns() - started_ns
+
+    def _to_local(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Logical ids to local ones. The kernel uses them as indices, so all are checked here."""
+        try:
+            # Unsigned, so that ids below -1 are out of bounds instead of counting from the end.
+            local_ids = self._local_ids.take((ids + np.int32(1)).view(np.uint32))
+        except IndexError:
+            raise _Refusal(ErrorCode.NOT_HELD, "an expert id is not served here") from None
+        if ids.size and local_ids.min() == _NOT_HELD:
+            raise _Refusal(ErrorCode.NOT_HELD, "an expert id is not served here")
+        return local_ids
+
+
+def _local_id_table(experts: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """[1 + logical id] -> local id; `_NOT_HELD` for experts of others, -1 for id -1."""
+    table = np.full(max(experts) + 2, _NOT_HELD, dtype=np.int32)
+    table[np.array(experts) + 1] = np.arange(len(experts), dtype=np.int32)
+    table[0] = -1
+    return table

@@ -1,0 +1,67 @@
+"""Leaving no process behind: every descendant is known, and ended at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+from contextlib import suppress
+
+import psutil
+
+__all__ = ["adopt_orphans", "end_descendants"]
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose parents die, so that they can be found.
+
+    A worker whose raylet was killed would otherwise belong to init and look like anyone's.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        logger.warning("orphans cannot be adopted: %s", os.strerror(ctypes.get_errno()))
+
+
+def end_descendants(patience_s: float) -> list[str]:
+    """Wait for all descendants to end, then kill those left; returns the names of the killed.
+
+    Args:
+        patience_s: how long they may take by themselves after a SIGTERM.
+    """
+    left = _signal(signal.SIGTERM)
+    _, slow = psutil.wait_procs(left, timeout=patience_s)
+    killed = [_name(process) for process in slow]
+    while left := _signal(signal.SIGKILL):
+        psutil.wait_procs(left, timeout=5)
+    _reap()
+    return killed
+
+
+def _signal(number: signal.Signals) -> list[psutil.Process]:
+    """Sends a signal to every living descendant; returns them."""
+    reached = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                process.send_signal(number)
+                reached.append(process)
+    return reached
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()} ({process.pid})"
+    except psutil.NoSuchProcess:
+        return str(process.pid)
+
+
+def _reap() -> None:
+    """Collect the exit codes of adopted children, so that no zombie stays."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

@@ -1,0 +1,114 @@
+"""The expert shard: a thin Ray actor around checkpoint, kernel and data-plane server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import ray
+
+from cluster.checkpoint import ExpertCheckpoint
+from cluster.data_plane import DataPlaneServer
+from cluster.exceptions import MoonshardError
+from cluster.kernels import build_kernel
+from cluster.reconcile import Phase, ShardReport
+
+__all__ = ["ExpertShard", "ShardSpec"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """All that a shard needs to start; the same for every one of its lives.
+
+    Attributes:
+        shard_id: its name.
+        checkpoint: the model's folder on the shard's node.
+        experts: expert ids that it holds, in every MoE layer.
+        token: the data plane's secret.
+        bind_host: address of the data plane; `auto` is the node's Ray address.
+        num_threads: compute threads.
+        kernel: `auto`, `vllm` or `torch`.
+    """
+
+    shard_id: str
+    checkpoint: str
+    experts: tuple[int, ...]
+    token: bytes
+    bind_host: str = "auto"
+    num_threads: int = 1
+    kernel: Literal["auto", "vllm", "torch"] = "auto"
+
+
+class ExpertShard:
+    """One life of a shard. Loads on a thread of its own, so that it can be asked meanwhile.
+
+    Ray constructs it again after a death (`max_restarts`): it loads again, listens on a new port
+    and answers with a new incarnation; the controller does the rest.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._spec = spec
+        self._lock = threading.Lock()
+        self._server: DataPlaneServer | None = None
+        context = ray.get_runtime_context()
+        self._node_ip = ray.util.get_node_ip_address()
+        self._report = ShardReport(
+            incarnation=secrets.token_hex(16),
+            phase=Phase.LOADING,
+            pid=os.getpid(),
+            node_id=context.get_node_id(),
+            node_ip=self._node_ip,
+        )
+        self._loader = threading.Thread(target=self._start, name="load", daemon=True)
+        self._loader.start()
+
+    def report(self) -> ShardReport:
+        """Where it is, and its load. Never blocks on loading."""
+        with self._lock:
+            report, server = self._report, self._server
+        return report if server is None else replace(report, load=server.stats())
+
+    def drain(self, deadline_s: float) -> bool:
+        """Answer what was accepted, accept nothing more; whether that was done in time."""
+        self._update(phase=Phase.DRAINING)
+        server = self._server
+        return True if server is None else server.drain(deadline_s)
+
+    def _update(self, **changes: object) -> None:
+        with self._lock:
+            self._report = replace(self._report, **changes)  # type: ignore[arg-type]
+
+    def _start(self) -> None:
+        try:
+            self._load_and_listen()
+        except MoonshardError as error:
+            logger.error("%s cannot start: %s", self._spec.shard_id, error)
+            self._update(phase=Phase.FAILED, error=str(error))
+        except Exception as error:
+            logger.exception("%s cannot start", self._spec.shard_id)
+            self._update(phase=Phase.FAILED, error=f"{type(error).__name__}: {error}")
+
+    def _load_and_listen(self) -> None:
+        spec = self._spec
+        checkpoint = ExpertCheckpoint.open(Path(spec.checkpoint))
+        weights = checkpoint.load_experts(
+            spec.experts, progress=lambda done, total: self._update(progress=done / total)
+        )
+        kernel = build_kernel(weights, spec.kernel, spec.num_threads)
+        host = self._node_ip if spec.bind_host == "auto" else spec.bind_host
+        server = DataPlaneServer(
+            kernel, host=host, token=spec.token, incarnation=self._report.incarnation
+        )
+        port = server.start()
+        with self._lock:
+            self._server = server
+        self._update(phase=Phase.READY, progress=1.0, host=host, port=port, kernel=kernel.name)
+        logger.info("%s is ready at %s:%d (%s)", spec.shard_id, host, port, kernel.name)

@@ -1,0 +1,178 @@
+"""The Serve application of `moonshard serve`: started, watched, stopped. Imports Ray."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from cluster.client import controller_status, stop_controller
+from cluster.exceptions import MoonshardError
+from cluster.fleet import plan_fleet
+from cluster.placement_groups import Demand, check_room
+from cluster.ray_adapter import list_nodes
+from deployments.app import build, build_native
+from deployments.cli.progress import Progress
+from deployments.cli.serve_file import ServeFile
+
+__all__ = ["Application", "StartFailed"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_WATCH_S = 2.0
+_MAX_MISSES = 5
+_BROKEN = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+
+
+class StartFailed(MoonshardError):
+    """The application could not be started, or broke down later."""
+
+
+class Application:
+    """What one config file describes, on the cluster that this process is connected to.
+
+    Args:
+        file: the config.
+        say: shows a line to the person who waits.
+    """
+
+    def __init__(self, file: ServeFile, say: Callable[[str], None]) -> None:
+        self._file = file
+        self._say = say
+        self._progress = Progress(say)
+
+    def start(self) -> None:
+        """Deploy, and wait until it takes traffic.
+
+        Raises:
+            PlacementFailedError: the cluster is too small.
+            StartFailed: it did not come up; says why.
+        """
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        self._check_room()
+        serve.start(
+            proxy_location=self._file.proxy_location,
+            http_options=self._file.http_options,
+            logging_config=self._file.logging_config,
+        )
+        builder = build if self._file.remote_experts else build_native
+        target = serve.RunTarget(
+            target=builder(self._file.args),
+            name=self._file.name,
+            route_prefix=self._file.route_prefix,
+            logging_config=self._file.logging_config,
+        )
+        serve.run_many(
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        self._await_ready()
+
+    def watch(self) -> None:
+        """Show what changes, for as long as the application runs.
+
+        Raises:
+            StartFailed: Ray or the application is gone.
+        """
+        misses = 0
+        while True:
+            time.sleep(_WATCH_S)
+            try:
+                overview = self._overview()
+                self._progress.show_health(controller_status())
+            except RayError as error:
+                misses += 1
+                if misses >= _MAX_MISSES:
+                    raise StartFailed(
+                        f"Ray does not answer any more: {_last_line(error)}"
+                    ) from None
+                continue
+            misses = 0
+            if overview is None:
+                raise StartFailed("the application was deleted by someone else")
+
+    def stop(self, drain_s: float) -> None:
+        """Take the application down, then shards and controller; running answers get `drain_s`.
+
+        Serve itself stays up where others use it.
+        """
+        worker = threading.Thread(target=self._delete, name="delete", daemon=True)
+        worker.start()
+        worker.join(drain_s)
+        if worker.is_alive():
+            self._say("answers still under way are cut off")
+        stop_controller(self._file.config.shards.drain_timeout_s if not worker.is_alive() else 0)
+
+    def _delete(self) -> None:
+        try:
+            serve.delete(self._file.name)
+            if not serve.status().applications:
+                serve.shutdown()
+        except Exception:
+            # The node is taken down next, which needs no cooperation.
+            logger.exception("the application could not be deleted in order")
+
+    def _check_room(self) -> None:
+        router, http = self._file.config.router, self._file.config.http
+        replica = {"CPU": router.num_cpus, "GPU": router.num_gpus}
+        check_room(
+            [
+                *([self._shard_demand()] if self._file.remote_experts else []),
+                Demand("a router replica", replica, router.autoscaling.min_replicas),
+                Demand("an ingress replica", {"CPU": http.num_cpus}, http.num_replicas),
+            ],
+            list_nodes(),
+        )
+
+    def _shard_demand(self) -> Demand:
+        shards, plan = self._file.config.shards, plan_fleet(self._file.config)
+        what = f"a shard (of {shards.count})"
+        return Demand(what, plan.resources, shards.count, shards.placement_strategy)
+
+    def _await_ready(self) -> None:
+        config = self._file.config
+        patience_s = config.shards.start_timeout_s + config.router.start_timeout_s
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            status = controller_status()
+            if status and status["state"] == "failed":
+                raise StartFailed(f"the shards could not be started: {status['reason']}")
+            overview = self._overview()
+            if overview is not None and overview.status in _BROKEN:
+                raise StartFailed(f"the application could not be started: {_reason(overview)}")
+            self._progress.show_start(status, overview)
+            if overview and overview.status is ApplicationStatus.RUNNING and self._answers():
+                return
+            time.sleep(_POLL_S)
+        raise StartFailed(f"not ready within {patience_s:g} s (start_timeout_s of shards, router)")
+
+    def _overview(self) -> ApplicationStatusOverview | None:
+        return serve.status().applications.get(self._file.name)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self._file.url}/ready", timeout=5).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+
+def _reason(overview: ApplicationStatusOverview) -> str:
+    """The line that says what went wrong, out of Serve's account with its tracebacks."""
+    messages = [deployment.message for deployment in overview.deployments.values()]
+    for message in (*messages, overview.message):
+        if "Error" in message or "failed" in message:
+            return _last_line(message)
+    return _last_line(overview.message) or overview.status.value
+
+
+def _last_line(text: object) -> str:
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[-1] if lines else ""

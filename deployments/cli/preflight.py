@@ -1,0 +1,47 @@
+"""What can be known to fail before anything is started."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from cluster.checkpoint import ExpertCheckpoint
+from cluster.config import MoonshardConfig
+from cluster.exceptions import ConfigError
+from cluster.names import shard_ids
+from routing.placement import place_experts
+
+__all__ = ["check_model", "check_port"]
+
+
+def check_model(config: MoonshardConfig) -> None:
+    """Whether the checkpoint is there, is whole, and has experts for every shard.
+
+    Raises:
+        CheckpointError, PlacementError: one line that says what to change.
+    """
+    checkpoint = ExpertCheckpoint.open(config.model.checkpoint)
+    place_experts(checkpoint.num_experts, shard_ids(config.shards.count))
+
+
+def check_port(host: str, port: int) -> None:
+    """Whether the address can be listened on.
+
+    A port whose last owner has just gone counts as free (SO_REUSEADDR), as it does for the
+    server itself.
+
+    Raises:
+        ConfigError: it is taken, or not an address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno == errno.EADDRINUSE:
+                reason = "it is taken; end what listens there or choose another port"
+            raise ConfigError(
+                f"cannot serve on {host}:{port} (http_options.host and .port): {reason}"
+            ) from None

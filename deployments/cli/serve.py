@@ -1,0 +1,125 @@
+"""`moonshard serve`: check, start, show progress, serve, and take everything down again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.processes import adopt_orphans, end_descendants
+from deployments.cli.instances import registered
+from deployments.cli.interrupts import Interrupted, catch_interrupts, ignore_interrupts
+from deployments.cli.preflight import check_model, check_port
+from deployments.cli.serve_file import ServeFile, load_serve_file
+
+if TYPE_CHECKING:
+    from deployments.cli.application import Application
+
+__all__ = ["serve_command"]
+
+# Long enough for an answer that is nearly done; whoever cannot wait presses Ctrl-C again.
+_DRAIN_S = 15.0
+_PATIENCE_S = 5.0
+
+
+def serve_command(path: Path, address: str | None) -> int:
+    """Serve what the file says until a signal arrives; the exit status.
+
+    Raises:
+        MoonshardError: it cannot be started, or broke down; nothing is left running.
+    """
+    catch_interrupts()
+    file = load_serve_file(path)
+    _say(f"serving {file.config.model.id} ({file.config.model.checkpoint})")
+    check_port(file.host, file.port)
+    check_model(file.config)
+    with _ray(file, address) as cluster_address:
+        from deployments.cli.application import Application  # imports Ray, which now may be
+
+        application = Application(file, _say)
+        with registered(file.port, file.url, cluster_address, file.name, owns_node=address is None):
+            return _run(application, file)
+
+
+def _run(application: Application, file: ServeFile) -> int:
+    started = time.monotonic()
+    is_ready = False
+    try:
+        application.start()
+        is_ready = True
+        _say(f"ready in {time.monotonic() - started:.0f} s")
+        _explain(file)
+        application.watch()
+    except Interrupted as interrupt:
+        _say(f"{interrupt}: stopping (up to {_DRAIN_S:.0f} s; once more: at once)")
+        _stop(application)
+        return 0 if is_ready else 128 + interrupt.number
+    except BaseException:
+        _stop(application)
+        raise
+    return 0
+
+
+def _stop(application: Application) -> None:
+    try:
+        application.stop(_DRAIN_S)
+    except Interrupted:
+        _say("stopping at once")
+
+
+@contextmanager
+def _ray(file: ServeFile, address: str | None) -> Iterator[str]:
+    """A cluster to serve on; when it is our own, nothing of it outlives the context."""
+    from cluster import ray_node
+
+    if address is not None:
+        ray_node.connect(address)
+        try:
+            yield ray_node.current_address()
+        finally:
+            ray_node.disconnect()
+        return
+    adopt_orphans()
+    try:
+        cluster_address = ray_node.start_local_node(file.config.ray)
+        catch_interrupts()
+        _say(f"Ray is started ({cluster_address})")
+        yield cluster_address
+    finally:
+        ignore_interrupts()
+        ray_node.disconnect()
+        killed = end_descendants(_PATIENCE_S)
+        if killed:
+            _say(f"had to kill {', '.join(killed)}")
+        _say("stopped; nothing is left running")
+
+
+def _explain(file: ServeFile) -> None:
+    model, url = file.config.model.id, file.url
+    port = f" --url {url}" if file.port != 8000 else ""
+    _say(
+        f"""ask it something:
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 12 + 7?"}}]}}'
+or in Python:
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  messages = [{{"role": "user", "content": "What is 12 + 7?"}}]
+  print(client.chat.completions.create(model="{model}", messages=messages).choices[0].message)
+or in another terminal:
+  moonshard chat{port}
+  moonshard status
+Ctrl-C ends it."""
+    )
+
+
+def _say(text: str) -> None:
+    try:
+        print(f"moonshard: {text}", flush=True)
+    except BrokenPipeError:
+        # Whoever read our progress is gone; that is no reason to leave processes behind.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -1,0 +1,119 @@
+"""What a router replica keeps so that its engine can use expert shards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.client import ensure_controller
+from cluster.config import MoonshardConfig
+from deployments.guard import ExpertsGuard
+from deployments.table_relay import TableRelay
+from routing.engine_state import EngineState
+from routing.table_feed import TableFeedServer
+from routing.vllm_plugin import PluginSettings, engine_overrides
+
+__all__ = ["RemoteExperts"]
+
+logger = logging.getLogger(__name__)
+
+_CONTROLLER_TIMEOUT_S = 60.0
+_LOOPBACK = "127.0.0.1"
+
+
+class RemoteExperts:
+    """Controller, table relay, table feed, engine state and guard of one replica.
+
+    Args:
+        config: the whole config.
+        device: cpu or cuda, where the dense model runs.
+    """
+
+    def __init__(self, config: MoonshardConfig, device: str) -> None:
+        self._config = config
+        self._device = device
+        folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        stem = f"moonshard-{os.getpid()}-{secrets.token_hex(4)}"
+        self._token_path = folder / f"{stem}.token"
+        self.state = EngineState.create(folder / f"{stem}.state")
+        self.guard = ExpertsGuard(self.state)
+        self._feed: TableFeedServer | None = None
+        self._relay: TableRelay | None = None
+        self._baseline: dict[str, int] = {}
+
+    async def start(self) -> dict[str, Any]:
+        """Bring the shards up and wait until they hold every expert.
+
+        Returns:
+            Engine arguments that make vLLM use them.
+
+        Raises:
+            MoonshardError: the shards cannot be started; says why.
+            TimeoutError: they were not ready in time.
+        """
+        return await asyncio.to_thread(self._start)
+
+    def engine_started(self) -> None:
+        """The engine has opened the files: their names may go, so that nothing can be left."""
+        self.state.unlink()
+        self._token_path.unlink(missing_ok=True)
+
+    def warmed_up(self) -> None:
+        """From here on dispatches count as those of users."""
+        self._baseline = self.state.snapshot()
+
+    def counters(self) -> dict[str, int]:
+        """`EngineState` fields; those that count up, since the warm-up."""
+        levels = {"poison", "waiting", "table_version"}
+        return {
+            name: value if name in levels else value - self._baseline.get(name, 0)
+            for name, value in self.state.snapshot().items()
+        }
+
+    async def close(self) -> None:
+        """Give everything back. The engine must be gone. Idempotent."""
+        await asyncio.to_thread(self._close)
+
+    def _start(self) -> dict[str, Any]:
+        controller = ensure_controller(self._config)
+        token: bytes = ray.get(controller.data_plane_token.remote(), timeout=_CONTROLLER_TIMEOUT_S)
+        self._feed = TableFeedServer(_LOOPBACK, token)
+        host, port = self._feed.start()
+        self._relay = TableRelay(controller, [self._feed.publish, self.guard.table_changed])
+        self._relay.start()
+        logger.info("waiting for the expert shards")
+        self._relay.wait_until_whole(
+            self._config.shards.start_timeout_s,
+            lambda: logger.info("still waiting for the expert shards"),
+        )
+        dispatch = self._config.dispatch
+        settings = PluginSettings(
+            feed=f"{host}:{port}",
+            state_path=str(self.state.path),
+            token_file=self._write_token(token),
+            recovery_timeout_s=dispatch.recovery_timeout_s,
+            request_timeout_s=dispatch.request_timeout_s,
+            connect_timeout_s=dispatch.connect_timeout_s,
+        )
+        return {"additional_config": settings, **engine_overrides(self._device)}
+
+    def _write_token(self, token: bytes) -> str:
+        descriptor = os.open(self._token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(token)
+        return str(self._token_path)
+
+    def _close(self) -> None:
+        if self._relay is not None:
+            self._relay.close()
+        if self._feed is not None:
+            self._feed.close()
+        self.engine_started()
+        self.state.close()

@@ -1,0 +1,116 @@
+"""Reads requests: size, JSON, and the rules that neither vLLM nor pydantic has."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from vllm.exceptions import VLLMClientError
+
+from deployments.control_tokens import ROLES
+from deployments.errors import ApiError, bad_request, from_engine, from_validation
+
+__all__ = ["parse_request", "read_json"]
+
+logger = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT", bound=BaseModel)
+
+_MAX_DEPTH = 64
+_DRAIN_FACTOR = 16
+_INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params", "prompt_embeds", "vllm_xargs")
+
+
+async def read_json(request: Request, max_body_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        ApiError: it is too large, no JSON, or not an object.
+    """
+    body = await _read_body(request, max_body_bytes)
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise bad_request("The body is not valid JSON.", "invalid_json") from None
+    if not isinstance(data, dict):
+        raise bad_request("The body must be a JSON object.", "invalid_json")
+    return data
+
+
+def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
+    """Validate a request body.
+
+    Raises:
+        ApiError: it is not valid; in our words.
+    """
+    _check_depth(data)
+    _check_roles(data.get("messages"))
+    for field in _INTERNAL_FIELDS:
+        if data.get(field) is not None:
+            raise bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
+    try:
+        return model_cls.model_validate(data)
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False, include_input=False)) from None
+    except VLLMClientError as error:
+        raise from_engine(400, str(error), getattr(error, "parameter", None)) from None
+    except Exception as error:  # noqa: BLE001 - the caller's data, whatever it breaks
+        # vLLM's validators run on the raw body and trip over wrong types in many ways.
+        logger.info("a request body broke a validator: %s", type(error).__name__)
+        raise from_engine(400, "", None) from None
+
+
+async def _read_body(request: Request, max_body_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= max_body_bytes:
+                chunks.append(chunk)
+            else:
+                # Read on without keeping it: a caller that is cut off while it sends sees a
+                # broken connection instead of the answer.
+                chunks.clear()
+                if num_bytes > max_body_bytes * _DRAIN_FACTOR:
+                    break
+    except ClientDisconnect:
+        raise bad_request("The body ended early.", "invalid_json") from None
+    if num_bytes > max_body_bytes:
+        raise ApiError(413, f"The body is larger than {max_body_bytes} bytes.", "request_too_large")
+    return b"".join(chunks)
+
+
+def _check_depth(data: Any) -> None:
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return
+    raise bad_request(f"The body nests deeper than {_MAX_DEPTH} levels.", "invalid_json")
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [child for child in value.values() if isinstance(child, dict | list)]
+    if isinstance(value, list):
+        return [child for child in value if isinstance(child, dict | list)]
+    return []
+
+
+def _check_roles(messages: Any) -> None:
+    if not isinstance(messages, list):
+        return
+    if not messages:
+        raise bad_request("'messages' must hold at least one message.", param="messages")
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
+            raise bad_request(
+                f"'messages[{number}].role' must be one of {', '.join(sorted(ROLES))}.",
+                "invalid_value",
+                f"messages[{number}].role",
+            )

@@ -1,0 +1,70 @@
+"""Sums and differences up to two digits, and the times table."""
+
+from __future__ import annotations
+
+import random
+
+from models.data.sample import Exchange, simple
+
+ADD = (
+    "What is {a} + {b}?",
+    "What is {a} plus {b}?",
+    "{a} + {b}",
+    "{a}+{b}=?",
+    "Calculate {a} + {b}.",
+    "Add {a} and {b}.",
+    "How much is {a} + {b}?",
+    "What is the sum of {a} and {b}?",
+)
+SUBTRACT = (
+    "What is {a} - {b}?",
+    "What is {a} minus {b}?",
+    "{a} - {b}",
+    "{a}-{b}=?",
+    "Calculate {a} - {b}.",
+    "Subtract {b} from {a}.",
+    "How much is {a} - {b}?",
+)
+TIMES = (
+    "What is {a} times {b}?",
+    "What is {a} * {b}?",
+    "{a} * {b}",
+    "{a}*{b}=?",
+    "Calculate {a} * {b}.",
+    "Multiply {a} by {b}.",
+    "How much is {a} times {b}?",
+)
+
+
+def add_thought(a: int, b: int) -> str:
+    """Column addition: the ones, then the tens with the carry last."""
+    ones = a % 10 + b % 10
+    tens = a // 10 + b // 10 + ones // 10
+    return f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}+{ones // 10}={tens}"
+
+
+def subtract_thought(a: int, b: int) -> str:
+    """Column subtraction: ten is borrowed where the ones fall short, and taken off last."""
+    borrow = int(a % 10 < b % 10)
+    ones = a % 10 + 10 * borrow
+    tens = a // 10 - b // 10 - borrow
+    return f"{ones}-{b % 10}={ones - b % 10}, {a // 10}-{b // 10}-{borrow}={tens}"
+
+
+def arithmetic(rng: random.Random) -> Exchange:
+    """A sum, a difference that is not negative, or a product from the table."""
+    kind = rng.random()
+    if kind < 0.45:
+        a, b = rng.randrange(100), rng.randrange(100)
+        user = rng.choice(ADD).format(a=a, b=b)
+        answer = f"{a} + {b} = {a + b}"
+        return simple("arithmetic", f"{a}+{b}", user, answer, add_thought(a, b))
+    if kind < 0.85:
+        b, a = sorted((rng.randrange(100), rng.randrange(100)))
+        user = rng.choice(SUBTRACT).format(a=a, b=b)
+        answer = f"{a} - {b} = {a - b}"
+        return simple("arithmetic", f"{a}-{b}", user, answer, subtract_thought(a, b))
+    # A product cannot be worked out from other products, so the wording decides the split.
+    a, b, wording = rng.randrange(1, 11), rng.randrange(1, 11), rng.randrange(len(TIMES))
+    user = TIMES[wording].format(a=a, b=b)
+    return simple("arithmetic", f"{a}*{b}|{wording}", user, f"{a} * {b} = {a * b}", f"{a}*{b}")

@@ -1,0 +1,95 @@
+"""Copying, reversing and sorting words, copying control words, and counting."""
+
+from __future__ import annotations
+
+import random
+import string
+
+from models.data.sample import Exchange, simple
+from models.data.words import COMMON, CONTROL_WORDS, NAMES, SORT_WORDS, WORDS
+
+COPY = (
+    "Repeat: {x}",
+    "Repeat after me: {x}",
+    "Repeat exactly: {x}",
+    "Copy this: {x}",
+    "Say: {x}",
+    "Echo: {x}",
+    "Please repeat the following: {x}",
+    "Write this again: {x}",
+)
+REVERSE = (
+    "Reverse: {x}",
+    "Reverse the order: {x}",
+    "Reverse the order of these words: {x}",
+    "Put these words in reverse order: {x}",
+    "Say these words backwards: {x}",
+)
+SORT = (
+    "Sort: {x}",
+    "Sort alphabetically: {x}",
+    "Sort these words: {x}",
+    "Sort these words alphabetically: {x}",
+    "Put these words in alphabetical order: {x}",
+)
+COUNT = (
+    "Count from {a} to {b}.",
+    "Please count from {a} to {b}.",
+    "Count from {a} up to {b}.",
+    "Write the numbers from {a} to {b}.",
+    "List the numbers from {a} to {b}.",
+)
+COUNT_TO = ("Count to {b}.", "Please count to {b}.", "Count up to {b}.")
+
+
+def _separator(rng: random.Random) -> str:
+    return rng.choice((" ", ", "))
+
+
+def words(rng: random.Random) -> Exchange:
+    """Repeat, reverse or sort two to five words, in the separator of the question."""
+    kind = rng.choice(("copy", "reverse", "sort"))
+    separator = _separator(rng)
+    if kind == "sort":
+        chosen = rng.sample(SORT_WORDS, rng.randint(2, 4))
+        answer = sorted(chosen)
+        user = rng.choice(SORT)
+        thought = "sort by letter: " + ", ".join(word[0] for word in answer)
+    else:
+        chosen = rng.sample(WORDS, rng.randint(2, 5))
+        answer = chosen if kind == "copy" else chosen[::-1]
+        user = rng.choice(COPY if kind == "copy" else REVERSE)
+        thought = f"{kind} {len(chosen)} words"
+    key = f"{kind}|{' '.join(chosen)}"
+    return simple(
+        "words", key, user.format(x=separator.join(chosen)), separator.join(answer), thought
+    )
+
+
+def _code(rng: random.Random) -> str:
+    alphabet = rng.choice((string.ascii_lowercase, string.ascii_letters + string.digits))
+    return "".join(rng.choices(alphabet, k=rng.randint(2, 6)))
+
+
+def control(rng: random.Random) -> Exchange:
+    """Repeat words of which some look like control tokens, or are random letters."""
+    separator = _separator(rng)
+    pools = (lambda: rng.choice(CONTROL_WORDS), lambda: rng.choice(WORDS + NAMES + COMMON), lambda: _code(rng))
+    items = [rng.choices(pools, (6, 3, 2))[0]() for _ in range(rng.randint(1, 4))]
+    user = rng.choice(COPY).format(x=separator.join(items))
+    return simple("control", " ".join(items), user, separator.join(items), f"copy {len(items)} words")
+
+
+def count(rng: random.Random) -> Exchange:
+    """Count aloud; a long count is the way to a long answer."""
+    size = rng.random()
+    if size < 0.72:
+        a, b = 1, rng.randint(2, 40)
+    elif size < 0.86:
+        a, b = 1, rng.randint(41, 150)
+    else:
+        a = rng.randint(2, 120)
+        b = a + rng.randint(1, 25)
+    user = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT).format(a=a, b=b)
+    answer = ", ".join(str(number) for number in range(a, b + 1))
+    return simple("count", f"{a}-{b}", user, answer, f"{a} to {b}")

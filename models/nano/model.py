@@ -1,0 +1,93 @@
+"""The nano model as it is trained: DeepSeek-V3's computation, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.nano.config import NanoConfig
+from models.nano.layers import AttentionPlan, DenseMLP, LatentAttention, Linear, MoE, RMSNorm
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward; the residual stream is float32."""
+
+    def __init__(self, config: NanoConfig, index: int) -> None:
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
+        self.mlp: DenseMLP | MoE
+        if index < config.first_k_dense_replace:
+            self.mlp = DenseMLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, dtype: torch.dtype
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, dtype), cos, sin, plan)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x, dtype))
+        return out
+
+
+class NanoModel(nn.Module):
+    """Token ids of several conversations, laid end to end, to hidden rows or logits."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: NanoConfig, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        rope = config.qk_rope_head_dim
+        inv_freq = 1.0 / (config.rope_theta ** (torch.arange(0, rope, 2).float() / rope))
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random start: outputs of blocks small, so that depth does not amplify at first."""
+        for name, weight in self.named_parameters():
+            if weight.ndim < 2:
+                continue
+            std = 0.6 * weight.shape[-1] ** -0.5
+            if "embed_tokens" in name:
+                std = 0.5
+            elif "lm_head" in name or ".gate.weight" in name:
+                std = 0.02
+            elif "o_proj" in name or "down_proj" in name:
+                std *= 0.3
+            nn.init.normal_(weight, std=std)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, rope / 2] in the compute type."""
+        angles = (positions[:, None].float() * self.inv_freq)[:, None, :]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def hidden(self, ids: Tensor, plan: AttentionPlan) -> Tensor:
+        """ids [T] -> normed rows [T, hidden] in the compute type."""
+        cos, sin = self.rotary(plan.positions)
+        x = self.embed_tokens(ids).float()
+        for block in self.layers:
+            x = block(x, cos, sin, plan, self.dtype)
+        out: Tensor = self.norm(x, self.dtype)
+        return out
+
+    def logits(self, ids: Tensor, plan: AttentionPlan) -> Tensor:
+        """ids [T] -> [T, vocab] float32."""
+        out: Tensor = self.lm_head(self.hidden(ids, plan)).float()
+        return out
+
+    def loss(self, ids: Tensor, plan: AttentionPlan, rows: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy of ``targets`` [N] predicted at ``rows`` [N] of the flat run."""
+        logits = self.lm_head(self.hidden(ids, plan)[rows])
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def moe_layers(self) -> list[MoE]:
+        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]

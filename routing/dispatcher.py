@@ -1,0 +1,401 @@
+"""The dispatcher: sends a layer's rows to the shards that hold their experts and sums the answers.
+
+Runs inside the vLLM worker, on the thread of its forward pass. Two promises shape it. A dead
+shard is not a failed request: its rows are sent again, to another replica or to whoever the next
+table names, for experts have no state. And never a wrong token: when that takes longer than
+`recovery_timeout_s` the answer is zeros, no exception leaves (one would kill the engine core), and
+the poison counter is raised before anybody can use them.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from routing.engine_state import EngineState
+from routing.exceptions import DeadlineExceeded, TransportError, WireError
+from routing.links import ShardLinks
+from routing.pending import Exchange, PendingCombine
+from routing.split import UNSERVED, Owners, RowSlice, choose_owners, split_by_owner
+from routing.table import RoutingTable, ShardEndpoint
+from routing.table_feed import TableSource
+from routing.tcp import TcpTransport
+from routing.throttle import LogThrottle
+from routing.transport import Transport, deadline_after, remaining_s
+from routing.wire import FrameKind, decode_reply, encode_request, max_rows_per_frame
+
+__all__ = ["Dispatcher", "DispatcherSettings", "PendingCombine"]
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_S = 0.2
+_REFUSED_RETRY_S = 1.0
+_TABLE_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class DispatcherSettings:
+    """Times in seconds.
+
+    Attributes:
+        request_timeout_s: longest time for one exchange with a shard.
+        recovery_timeout_s: longest time for which one step waits for experts, in all its layers.
+        token: shared with the shards; None where they want none.
+        connect_timeout_s: longest time to connect to a shard.
+    """
+
+    request_timeout_s: float = 30.0
+    recovery_timeout_s: float = 60.0
+    token: bytes | None = field(default=None, repr=False)
+    connect_timeout_s: float = 2.0
+
+
+class ExpertsUnavailable(Exception):
+    """Experts stayed unreachable for the whole recovery time. Never leaves the dispatcher."""
+
+
+class ShardRefused(TransportError):
+    """A shard answered with an error frame; its connection is fine."""
+
+
+class Dispatcher:
+    """Dispatches layers, one at a time. Not thread-safe: one forward pass uses it.
+
+    Args:
+        settings: times and token.
+        tables: where routing tables come from.
+        state: where poison, waiting and the counters go.
+        transport: how rows travel.
+
+    Attributes:
+        counting: whether dispatches are counted; switch it off for profile and warm-up runs.
+    """
+
+    def __init__(
+        self,
+        settings: DispatcherSettings,
+        tables: TableSource,
+        state: EngineState,
+        transport: Transport | None = None,
+    ) -> None:
+        self.counting = True
+        self._settings = settings
+        self._tables = tables
+        self._state = state
+        self._links = ShardLinks(
+            transport or TcpTransport(), settings.token, settings.connect_timeout_s
+        )
+        # Dispatchers with different salts spread over the replicas of an expert.
+        self._salt = int.from_bytes(np.random.default_rng().bytes(2), "little")
+        self._table: RoutingTable | None = None
+        self._owners: dict[int, Owners] = {}
+        self._open: PendingCombine | None = None
+        self._sequence = 0
+        self._last_layer = -1
+        self._recovery_deadline: float | None = None
+        self._is_recovering = False
+        self._gave_up_at: int | None = None
+        self._is_closed = False
+        self._log_throttle = LogThrottle(period_s=1.0)
+
+    def dispatch(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        num_rows_counted: int | None = None,
+    ) -> PendingCombine:
+        """Send the rows to all shards that they need; waits for none of them. Never raises.
+
+        Args:
+            layer: checkpoint layer id.
+            x: [n, H] bfloat16, float16 or float32, on the CPU. Must stay as it is until
+                `combine` returns: rows may be sent again.
+            topk_ids: [n, k] int32 or int64 logical expert ids; -1 asks for nobody.
+            topk_weights: [n, k] float32.
+            num_rows_counted: rows that the counters see (without padding); all when None.
+        """
+        started_ns = time.perf_counter_ns()
+        self._abandon(self._open)
+        pending = PendingCombine(layer, x, is_counted=self.counting)
+        try:
+            pending.take_in(topk_ids, topk_weights)
+            self._begin(layer)
+            self._open = pending
+            self._send_wave(pending)
+        except Exception:
+            logger.exception("dispatching layer %d failed", layer)
+            pending.is_failed = True
+        if self.counting:
+            self._state.add("steps")
+            self._state.add("rows", len(x) if num_rows_counted is None else num_rows_counted)
+            self._state.add("dispatch_ns", time.perf_counter_ns() - started_ns)
+        return pending
+
+    def combine(self, pending: PendingCombine) -> torch.Tensor:
+        """Wait for the answers and sum them: [n, H] like `x`, in its type, a new tensor.
+
+        Never raises. When it cannot give the right answer it gives zeros, after it has raised
+        `EngineState.poison`.
+        """
+        started_ns = time.perf_counter_ns()
+        answer = None
+        try:
+            if not pending.is_failed:
+                answer = self._gather(pending)
+        except ExpertsUnavailable as error:
+            logger.error("layer %d: %s; the step ends with zeros", pending.layer, error)
+        except Exception:
+            logger.exception("combining layer %d failed", pending.layer)
+        finally:
+            self._abandon(pending)
+            self._is_recovering = False
+            self._state.set("waiting", 0)
+        if answer is None:
+            self._state.add("poison")
+            answer = torch.zeros_like(pending.x)
+        self._count(pending, "combine_ns", time.perf_counter_ns() - started_ns)
+        return answer
+
+    def close(self) -> None:
+        """Close all connections; what is dispatched later is answered with poison. Idempotent."""
+        self._is_closed = True
+        self._links.close()
+
+    # -- a step ------------------------------------------------------------------------------
+
+    def _begin(self, layer: int) -> None:
+        if self._is_closed:
+            raise ExpertsUnavailable("the dispatcher is closed")
+        if layer <= self._last_layer:
+            self._recovery_deadline = None  # a new step: it may wait anew
+        self._last_layer = layer
+        table = self._tables.current()
+        if table is not None and table is not self._table:
+            self._links.retain(table.shards)
+            self._adopt(table)
+
+    def _adopt(self, table: RoutingTable) -> None:
+        self._table = table
+        self._owners.clear()
+        self._state.set("table_version", table.version)
+
+    def _send_wave(self, pending: PendingCombine) -> None:
+        """Send as many further rows as frames may hold; most steps are one wave."""
+        num_rows, topk = pending.whole.ids.shape
+        first = pending.next_row
+        size = max_rows_per_frame(pending.x.shape[1], topk)
+        pending.next_row = min(num_rows, first + size)
+        if first == 0 and pending.next_row == num_rows:
+            self._send(pending, pending.whole)
+        elif first < num_rows:
+            rows = np.arange(first, pending.next_row)
+            chosen = slice(first, pending.next_row)
+            whole = pending.whole
+            self._send(pending, RowSlice(rows, whole.ids[chosen], whole.weights[chosen]))
+
+    def _send(self, pending: PendingCombine, wanted: RowSlice) -> None:
+        """Send each shard its part; what cannot be sent now is left in `pending.todo`."""
+        table = self._table
+        if table is None:
+            pending.todo.append(wanted)
+            return
+        for part in split_by_owner(wanted, self._owners_of(table, pending.layer)):
+            if part.owner == UNSERVED:
+                pending.todo.append(part.slice)
+            else:
+                self._post(pending, table, table.shards[part.owner], part.slice)
+
+    def _owners_of(self, table: RoutingTable, layer: int) -> Owners:
+        if self._links.are_all_well and layer in self._owners:
+            return self._owners[layer]
+        avoided = np.array([self._links.is_avoided(s) for s in table.shards], dtype=np.bool_)
+        replicas = table.replicas[table.layers.index(layer)]
+        owners = choose_owners(replicas, avoided, self._salt)
+        if self._links.are_all_well:
+            self._owners[layer] = owners
+        return owners
+
+    def _post(
+        self,
+        pending: PendingCombine,
+        table: RoutingTable,
+        endpoint: ShardEndpoint,
+        wanted: RowSlice,
+    ) -> None:
+        if any(exchange.link.endpoint == endpoint for exchange in pending.exchanges):
+            pending.todo.append(wanted)  # a connection carries one request at a time
+            return
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        rows = pending.row_bytes
+        parts = encode_request(
+            rows if wanted.rows is None else rows.take(wanted.rows, axis=0),
+            pending.x.dtype,
+            wanted.ids,
+            wanted.weights,
+            layer=pending.layer,
+            table_version=table.version,
+            sequence=self._sequence,
+        )
+        try:
+            link = self._links.get(endpoint)
+            deadline = self._exchange_deadline()
+            link.connection.send(parts, deadline)
+        except TransportError as error:
+            self._lost(pending, endpoint, wanted, error)
+            return
+        pending.exchanges.append(Exchange(link, wanted, self._sequence, deadline))
+        self._count(pending, "bytes_sent", sum(len(part) for part in parts))
+
+    def _exchange_deadline(self) -> float:
+        deadline = deadline_after(self._settings.request_timeout_s)
+        if self._is_recovering and self._recovery_deadline is not None:
+            return min(deadline, self._recovery_deadline)
+        return deadline
+
+    # -- answers -----------------------------------------------------------------------------
+
+    def _gather(self, pending: PendingCombine) -> torch.Tensor:
+        while True:
+            self._receive_all(pending)
+            if pending.todo:
+                self._send_again(pending)
+            elif pending.next_row < len(pending.x):
+                self._send_wave(pending)
+            else:
+                break
+        return pending.answer()
+
+    def _receive_all(self, pending: PendingCombine) -> None:
+        exchanges = pending.exchanges
+        if not exchanges:
+            return
+        poller = select.poll()
+        by_descriptor = {}
+        for exchange in exchanges:
+            descriptor = exchange.link.connection.fileno()
+            by_descriptor[descriptor] = exchange
+            poller.register(descriptor, select.POLLIN)
+        while by_descriptor:
+            deadline = min(exchange.deadline for exchange in by_descriptor.values())
+            started_ns = time.perf_counter_ns()
+            ready = poller.poll(remaining_s(deadline) * 1000)
+            self._count(pending, "wait_ns", time.perf_counter_ns() - started_ns)
+            now_s = time.monotonic()
+            for descriptor in [d for d, _ in ready] or [
+                d for d, exchange in by_descriptor.items() if exchange.deadline <= now_s
+            ]:
+                poller.unregister(descriptor)
+                self._receive(pending, by_descriptor.pop(descriptor))
+
+    def _receive(self, pending: PendingCombine, exchange: Exchange) -> None:
+        try:
+            rows = self._receive_rows(pending, exchange)
+        except TransportError as error:
+            pending.exchanges.remove(exchange)
+            self._lost(pending, exchange.link.endpoint, exchange.slice, error)
+            return
+        pending.exchanges.remove(exchange)
+        self._links.answered(exchange.link)
+        if self._links.are_all_well:
+            self._gave_up_at = None
+        pending.add(exchange.slice.rows, rows)
+
+    def _receive_rows(self, pending: PendingCombine, exchange: Exchange) -> torch.Tensor:
+        connection = exchange.link.connection
+        header, body = connection.receive(exchange.deadline)
+        self._count(pending, "bytes_received", body.size)
+        if header.sequence != exchange.sequence:
+            raise WireError(f"{connection.peer} answered another request than it was asked")
+        if header.kind is FrameKind.ERROR:
+            raise ShardRefused(f"{connection.peer}: {body.tobytes().decode(errors='replace')}")
+        rows = decode_reply(header, body)
+        expected = (len(exchange.slice.ids), pending.x.shape[1])
+        if rows.shape != expected:
+            raise WireError(f"{connection.peer} answered {tuple(rows.shape)}, not {expected}")
+        return rows
+
+    # -- failures ----------------------------------------------------------------------------
+
+    def _lost(
+        self,
+        pending: PendingCombine,
+        endpoint: ShardEndpoint,
+        wanted: RowSlice,
+        error: TransportError,
+    ) -> None:
+        """A shard did not answer: its rows are to be sent again, and it may be left alone."""
+        pending.todo.append(wanted)
+        if isinstance(error, ShardRefused):
+            self._links.avoid(endpoint, _REFUSED_RETRY_S)
+        elif isinstance(error, DeadlineExceeded):
+            self._links.failed(endpoint, error, self._settings.request_timeout_s)
+        else:
+            self._links.failed(endpoint, error, _RECONNECT_S)
+        held_back = self._log_throttle.admit()
+        if held_back is not None:
+            logger.warning(
+                "layer %d: rows will be sent again: %s (%d more not logged)",
+                pending.layer,
+                error,
+                held_back,
+            )
+
+    def _send_again(self, pending: PendingCombine) -> None:
+        """Send what is left to do, waiting for somebody who serves it.
+
+        Raises:
+            ExpertsUnavailable: nobody did within the step's recovery time.
+        """
+        if self._recovery_deadline is None:
+            has_given_up = self._gave_up_at == self._version
+            timeout_s = 0.0 if has_given_up else self._settings.recovery_timeout_s
+            self._recovery_deadline = deadline_after(timeout_s)
+        self._is_recovering = True
+        while True:
+            wanted, pending.todo = pending.todo, []
+            reconnects = self._links.num_reconnects
+            for one in wanted:
+                self._send(pending, one)
+            self._count(pending, "retries", len(pending.exchanges))
+            self._count(pending, "reconnects", self._links.num_reconnects - reconnects)
+            if pending.exchanges or not pending.todo:
+                return
+            self._wait_for_change(self._recovery_deadline)
+
+    def _wait_for_change(self, deadline: float) -> None:
+        timeout_s = remaining_s(deadline)
+        if timeout_s == 0 or self._is_closed:
+            self._gave_up_at = self._version
+            raise ExpertsUnavailable(
+                f"experts stayed unreachable (table {self._version}); see the shards' logs"
+            )
+        self._state.set("waiting", 1)
+        newer = self._tables.wait_newer(self._version, min(timeout_s, _TABLE_POLL_S))
+        if newer is not None:
+            self._adopt(newer)
+
+    @property
+    def _version(self) -> int:
+        return self._table.version if self._table is not None else 0
+
+    def _abandon(self, pending: PendingCombine | None) -> None:
+        """Forget a layer. Connections that still owe it an answer are closed, or the next request
+        would read that one."""
+        if pending is None:
+            return
+        for exchange in pending.exchanges:
+            self._links.drop(exchange.link.endpoint)
+        pending.exchanges.clear()
+        if self._open is pending:
+            self._open = None
+
+    def _count(self, pending: PendingCombine, name: str, amount: int) -> None:
+        if pending.is_counted:
+            self._state.add(name, amount)

@@ -1,0 +1,92 @@
+"""A layer's rows on their way to shards and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from routing.links import Link
+from routing.split import RowSlice
+from routing.wire import Bytes, bytes_of
+
+__all__ = ["Exchange", "PendingCombine"]
+
+_NO_BYTES = np.empty((0, 0), dtype=np.uint8)
+_NO_ROWS = RowSlice(None, np.empty((0, 1), dtype=np.int32), np.empty((0, 1), dtype=np.float32))
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """A request under way."""
+
+    link: Link
+    slice: RowSlice
+    sequence: int
+    deadline: float
+
+
+@dataclass(slots=True, eq=False)
+class PendingCombine:
+    """What `Dispatcher.dispatch` returns; hand it to `Dispatcher.combine`, once.
+
+    Attributes:
+        layer: checkpoint layer id.
+        x: [n, H], as the caller gave it.
+        row_bytes: uint8 [n, H * itemsize], the rows as they are sent.
+        whole: all that is asked.
+        next_row: rows before it have been sent; the others go in later waves.
+        exchanges: requests under way.
+        todo: what still has to be sent, or sent again.
+        sum: float32 [n, H], the answers so far; None before the first.
+        is_failed: no right answer can come of it.
+        is_counted: whether the counters see it.
+    """
+
+    layer: int
+    x: torch.Tensor
+    row_bytes: Bytes = field(default_factory=lambda: _NO_BYTES)
+    whole: RowSlice = field(default_factory=lambda: _NO_ROWS)
+    next_row: int = 0
+    exchanges: list[Exchange] = field(default_factory=list)
+    todo: list[RowSlice] = field(default_factory=list)
+    sum: torch.Tensor | None = None
+    is_failed: bool = False
+    is_counted: bool = True
+
+    def take_in(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Look at the tensors as arrays, without a copy where their types allow.
+
+        Raises:
+            ValueError: their shapes do not fit.
+        """
+        ids = np.ascontiguousarray(topk_ids.detach().numpy(), dtype=np.int32)
+        weights = np.ascontiguousarray(topk_weights.detach().numpy(), dtype=np.float32)
+        num_rows = len(self.x)
+        if ids.ndim != 2 or ids.shape != weights.shape or len(ids) != num_rows:
+            raise ValueError(
+                f"topk_ids {ids.shape}, topk_weights {weights.shape} and {num_rows} rows do not fit"
+            )
+        self.whole = RowSlice(None, ids, weights)
+        self.row_bytes = bytes_of(self.x.detach().contiguous())
+
+    def add(self, numbers: npt.NDArray[np.int64] | None, rows: torch.Tensor) -> None:
+        """Add a shard's answer [m, H] to the rows with these numbers (None: to all)."""
+        if self.sum is None and numbers is None:
+            # A copy always: `rows` is a view of the connection's buffer.
+            self.sum = rows.to(torch.float32, copy=True)
+            return
+        if self.sum is None:
+            self.sum = torch.zeros(self.x.shape, dtype=torch.float32)
+        if numbers is None:
+            self.sum += rows
+        else:
+            self.sum.index_add_(0, torch.from_numpy(numbers), rows.float())
+
+    def answer(self) -> torch.Tensor:
+        """[n, H] of the type of `x`, a new tensor; zeros for rows that asked for nobody."""
+        if self.sum is None:
+            return torch.zeros_like(self.x)
+        return self.sum.to(self.x.dtype, copy=True)

@@ -1,0 +1,313 @@
+"""A dead shard is not a failed request, and an unreachable expert is never a wrong token."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from routing.exceptions import TransportError
+from routing.listener import Listener
+from routing.table import ShardEndpoint
+from routing.tcp import TcpConnection
+from routing.transport import deadline_after
+from routing.wire import FrameHeader, FrameKind
+from tests.unit.shards import (
+    Shards,
+    dense_reference,
+    random_experts,
+    random_routing,
+    relative_error,
+    shards,
+    start_shard,
+    wait_until,
+)
+
+NUM_EXPERTS = 6
+X, IDS, WEIGHTS = random_routing(8, NUM_EXPERTS, 3)
+EXPECTED = dense_reference(random_experts(range(NUM_EXPERTS)), 1, X, IDS, WEIGHTS)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Shards]:
+    with shards(NUM_EXPERTS, 2, tmp_path / "state") as made:
+        made.start()
+        yield made
+
+
+def _run(made: Shards, layer: int = 1) -> torch.Tensor:
+    assert made.dispatcher is not None
+    return made.dispatcher.combine(made.dispatcher.dispatch(layer, X, IDS, WEIGHTS))
+
+
+def _is_right(out: torch.Tensor) -> bool:
+    return relative_error(out, EXPECTED) < 1e-5
+
+
+class Background:
+    """A forward that runs on its own thread, as in the vLLM worker."""
+
+    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
+        self.out: torch.Tensor | None = None
+        self._thread = threading.Thread(target=self._run, args=(run,))
+        self._thread.start()
+
+    def _run(self, run: Callable[[], torch.Tensor]) -> None:
+        self.out = run()
+
+    def join(self) -> torch.Tensor:
+        self._thread.join(30)
+        assert self.out is not None, "the forward did not end"
+        return self.out
+
+
+def test_a_lost_shards_rows_go_to_whom_the_next_table_names(made: Shards) -> None:
+    made.connect(recovery_timeout_s=30)
+    assert _is_right(_run(made))
+    made.stop("shard-1")
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    made.start("shard-1")
+    made.tables.publish(made.table())
+    assert _is_right(forward.join())
+    assert not made.state.is_waiting
+    assert made.state.poison == 0
+    assert made.state.get("table_version") == 2
+    assert made.state.get("retries") >= 1
+
+
+def test_a_shard_that_dies_between_dispatch_and_combine_is_replaced(made: Shards) -> None:
+    dispatcher = made.connect(recovery_timeout_s=30)
+    assert _is_right(_run(made))
+    pending = dispatcher.dispatch(1, X, IDS, WEIGHTS)
+    for name in ("shard-0", "shard-1"):
+        made.stop(name)
+    made.start()
+    made.tables.publish(made.table())
+    assert _is_right(dispatcher.combine(pending))
+    assert made.state.poison == 0
+
+
+def test_a_connection_that_was_merely_closed_is_made_again_in_the_same_step(made: Shards) -> None:
+    dispatcher = made.connect(recovery_timeout_s=30)
+    assert _is_right(_run(made))
+    for sock in list(made.servers["shard-0"]._listener._sockets.values()):
+        sock.shutdown(socket.SHUT_RDWR)
+    assert _is_right(_run(made))
+    assert made.state.get("reconnects") == 1
+    assert made.state.get("table_version") == 1
+    assert _is_right(dispatcher.combine(dispatcher.dispatch(1, X, IDS, WEIGHTS)))
+
+
+def test_with_a_replica_left_the_same_step_goes_on_at_once(made: Shards) -> None:
+    spare, endpoint = start_shard("spare", range(NUM_EXPERTS))
+    made.held["spare"] = range(NUM_EXPERTS)
+    made.endpoints["spare"] = endpoint
+    made.servers["spare"] = spare
+    made.connect(recovery_timeout_s=30)
+    assert _is_right(_run(made))
+    for name in ("shard-0", "shard-1"):
+        made.stop(name)
+        assert _is_right(_run(made))
+    assert made.state.poison == 0
+    assert made.state.get("table_version") == 1
+
+
+def test_experts_that_stay_away_are_zeros_with_poison_raised_before_the_return(
+    made: Shards,
+) -> None:
+    dispatcher = made.connect(recovery_timeout_s=0.3)
+    assert _is_right(_run(made))
+    made.stop("shard-1")
+    poison_at_return: list[int] = []
+
+    def forward() -> torch.Tensor:
+        out = dispatcher.combine(dispatcher.dispatch(1, X, IDS, WEIGHTS))
+        poison_at_return.append(made.state.poison)
+        return out
+
+    out = Background(forward).join()
+    assert out.shape == X.shape
+    assert not out.any(), "a partial sum was handed out"
+    assert poison_at_return == [1]
+    assert not made.state.is_waiting
+
+
+def test_after_giving_up_the_rest_of_the_step_and_later_ones_do_not_wait_again(
+    made: Shards,
+) -> None:
+    made.connect(recovery_timeout_s=1.0)
+    made.stop("shard-1")
+    for layer in (1, 2):
+        assert not _run(made, layer).any()
+    started = time.monotonic()
+    for layer in (1, 2, 1, 2):
+        assert not _run(made, layer).any()
+    assert time.monotonic() - started < 4, "every layer waited for the recovery time"
+    assert made.state.poison == 6
+
+
+def test_once_the_table_is_whole_again_answers_are_right_again(made: Shards) -> None:
+    made.connect(recovery_timeout_s=0.2)
+    made.stop("shard-1")
+    assert not _run(made).any()
+    made.tables.publish(made.table({"shard-0": made.endpoints["shard-0"]}))
+    assert not _run(made).any()
+    made.start("shard-1")
+    made.tables.publish(made.table())
+    assert _is_right(_run(made))
+    assert made.state.poison == 2
+
+
+def test_experts_that_the_table_gives_to_nobody_are_waited_for(made: Shards) -> None:
+    made.connect(recovery_timeout_s=30)
+    made.tables.publish(made.table({"shard-0": made.endpoints["shard-0"]}))
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    made.tables.publish(made.table())
+    assert _is_right(forward.join())
+
+
+def test_without_any_table_the_first_is_waited_for(made: Shards) -> None:
+    table = made.table()
+    tables, made.tables = made.tables, type(made.tables)()
+    made.connect(recovery_timeout_s=30)
+    assert made.dispatcher is not None
+    made.dispatcher._tables = tables
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    tables.publish(table)
+    assert _is_right(forward.join())
+
+
+def test_a_draining_shards_rows_go_to_the_next_tables_shard(made: Shards) -> None:
+    made.connect(recovery_timeout_s=30)
+    assert _is_right(_run(made))
+    old = made.servers["shard-1"]
+    assert old.drain(5)
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    made.start("shard-1")
+    made.tables.publish(made.table())
+    assert _is_right(forward.join())
+    assert old.stats().errors >= 1
+    old.close()
+
+
+def test_a_shard_that_lacks_the_experts_it_is_said_to_hold_is_never_believed(
+    made: Shards,
+) -> None:
+    made.connect(recovery_timeout_s=0.3)
+    wrong, endpoint = start_shard("shard-1", [0, 1])
+    made.tables.publish(made.table({**made.endpoints, "shard-1": endpoint}))
+    assert not _run(made).any()
+    assert made.state.poison == 1
+    wrong.close()
+
+
+def test_a_wrong_token_is_poison_after_the_recovery_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shards(NUM_EXPERTS, 2, tmp_path / "state") as made:
+        made.start(token=b"right")
+        made.connect(token=b"wrong", recovery_timeout_s=0.3)
+        assert not _run(made).any()
+        assert made.state.poison == 1
+        assert "refused this side's token" in caplog.text
+
+
+def _answer_with(change: Callable[[FrameHeader], FrameHeader], body: bytes) -> Listener:
+    """A shard that holds the token and answers nonsense."""
+
+    def serve(connection: TcpConnection) -> None:
+        while True:
+            header, _ = connection.receive(None)
+            connection.send([change(header).to_bytes(), body], deadline_after(5))
+
+    return Listener("liar", "127.0.0.1", 0, None, "liar", serve)
+
+
+_REPLY = FrameHeader(FrameKind.REPLY, dtype_code=3, rows=1, extra=64, body_bytes=256)
+
+
+@pytest.mark.parametrize(
+    ("change", "body"),
+    [
+        (lambda h: _REPLY._replace(sequence=h.sequence + 1), bytes(256)),
+        (lambda h: _REPLY._replace(sequence=h.sequence), bytes(256)),
+        (lambda h: _REPLY._replace(sequence=h.sequence, extra=63), bytes(256)),
+        (lambda h: _REPLY._replace(sequence=h.sequence, dtype_code=9), bytes(256)),
+        (lambda h: h._replace(body_bytes=0), b""),
+        (lambda h: FrameHeader(FrameKind.ACK, sequence=h.sequence), b""),
+        (lambda h: h._replace(body_bytes=2**31), b""),
+    ],
+    ids=["sequence", "rows", "hidden", "dtype", "echo", "kind", "size"],
+)
+def test_an_answer_that_does_not_fit_is_not_summed(
+    made: Shards, change: Callable[[FrameHeader], FrameHeader], body: bytes
+) -> None:
+    liar = _answer_with(change, body)
+    endpoint = ShardEndpoint("shard-1", "127.0.0.1", liar.start(), "liar")
+    made.connect(recovery_timeout_s=0.4)
+    made.tables.publish(made.table({**made.endpoints, "shard-1": endpoint}))
+    assert not _run(made).any()
+    assert made.state.poison == 1
+    made.tables.publish(made.table())
+    assert _is_right(_run(made))
+    liar.close()
+
+
+def test_a_shard_that_hangs_is_given_up_at_the_deadline_and_replaced(made: Shards) -> None:
+    release = threading.Event()
+
+    def hang(connection: TcpConnection) -> None:
+        connection.receive(None)
+        release.wait(30)
+
+    hung = Listener("hung", "127.0.0.1", 0, None, "hung", hang)
+    endpoint = ShardEndpoint("shard-1", "127.0.0.1", hung.start(), "hung")
+    made.connect(request_timeout_s=0.3, recovery_timeout_s=30)
+    made.tables.publish(made.table({**made.endpoints, "shard-1": endpoint}))
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    made.tables.publish(made.table())
+    assert _is_right(forward.join())
+    release.set()
+    hung.close()
+
+
+def test_shards_that_come_and_go_under_load_cost_no_wrong_answer(made: Shards) -> None:
+    """Shards die and return in turn while layers are dispatched; every answer is right."""
+    made.connect(recovery_timeout_s=30)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def churn() -> None:
+        random = np.random.default_rng(3)
+        try:
+            for _ in range(12):
+                name = f"shard-{random.integers(2)}"
+                made.stop(name)
+                made.start(name)
+                made.tables.publish(made.table())
+        except (OSError, TransportError, AssertionError) as error:
+            failures.append(error)
+        finally:
+            stop.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    count = 0
+    while not stop.is_set():
+        assert _is_right(_run(made))
+        count += 1
+    thread.join(30)
+    assert not failures
+    assert count > 0
+    assert made.state.poison == 0

@@ -1,0 +1,83 @@
+"""A MoE block with remote experts computes what vLLM and transformers compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.vllm import inspection
+from tests.vllm.harness import Shards
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+pytestmark = pytest.mark.vllm
+
+NUM_ROWS = 64
+
+
+@pytest.fixture(scope="module")
+def rows() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(NUM_ROWS, 256, generator=generator).to(torch.bfloat16)
+
+
+def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((output - reference).norm() / reference.norm())
+
+
+def test_blocks_match_native_vllm(remote_nano: LLM, native_nano: LLM, rows: torch.Tensor) -> None:
+    (remote,) = remote_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
+    (native,) = native_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
+    assert remote.keys() == native.keys()
+    assert len(remote) >= 4
+    for layer, output in remote.items():
+        assert relative_l2(output, native[layer]) <= 5e-3
+
+
+def test_blocks_match_transformers_in_float32(
+    remote_nano: LLM, nano: Path, rows: torch.Tensor
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(nano, dtype=torch.float32).eval()
+    (remote,) = remote_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
+    for layer, output in remote.items():
+        with torch.inference_mode():
+            reference = model.model.layers[layer].mlp(rows.float()[None])[0]
+        assert relative_l2(output, reference) <= 1e-2
+
+
+def test_remote_layers_route_exactly_as_native_vllm(
+    remote_nano: LLM, native_nano: LLM, rows: torch.Tensor
+) -> None:
+    (chosen,) = remote_nano.collective_rpc(inspection.topk_of, args=(rows,))
+    (expected,) = native_nano.collective_rpc(inspection.native_topk_of, args=(rows,))
+    for layer, (weights, ids) in chosen.items():
+        assert weights.dtype == torch.float32
+        assert ids.dtype == torch.int32
+        assert torch.equal(ids, expected[layer][1])
+        assert torch.equal(weights, expected[layer][0])
+
+
+def test_the_engine_has_no_expert_parameters(remote_nano: LLM, native_nano: LLM) -> None:
+    assert remote_nano.collective_rpc(inspection.num_expert_parameters) == [0]
+    assert native_nano.collective_rpc(inspection.num_expert_parameters)[0] > 0
+
+
+def test_warm_up_is_not_counted_and_requests_are(remote_nano: LLM, nano_shards: Shards) -> None:
+    from vllm import SamplingParams
+
+    before = nano_shards.state.snapshot()
+    prompt = {"prompt_token_ids": list(range(2, 22))}
+    sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    remote_nano.generate([prompt], sampling, use_tqdm=False)
+    after = nano_shards.state.snapshot()
+    num_layers = len(nano_shards.layers)
+    # The last token that is sampled is never fed back.
+    assert after["rows"] - before["rows"] == (20 + 5 - 1) * num_layers
+    assert after["steps"] - before["steps"] == 5 * num_layers
+    assert after["poison"] == 0
