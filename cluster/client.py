@@ -112,6 +112,8 @@ def _start() -> ActorHandle[Any]:
         "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
+        # Else it would lie in the placement group of the replica that calls, and go with it.
+        "scheduling_strategy": "DEFAULT",
         "max_restarts": -1,
         "max_task_retries": 0,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -109,10 +110,11 @@ class Controller:
         return self._token
 
     async def status(self) -> dict[str, Any]:
-        """See `cluster.status.build_status`."""
+        """See `cluster.status.build_status`; `controller` says where this process runs."""
         nodes = await asyncio.to_thread(list_nodes)
         fleet, record = self._fleet, self._record
-        return build_status(
+        node_id = ray.get_runtime_context().get_node_id()
+        status = build_status(
             self._verdict(),
             fleet.plan if fleet else None,
             fleet.views if fleet else [],
@@ -120,6 +122,7 @@ class Controller:
             nodes,
             record.application if record else "",
         )
+        return status | {"controller": {"pid": os.getpid(), "node_id": node_id}}
 
     async def shutdown(self) -> None:
         """Drain and end the shards, remove their placement groups, forget the config."""

@@ -27,6 +27,8 @@ _LOCAL_NODE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
+# A call after the connection has ended must fail, not start a cluster of its own.
+_NO_AUTO_CONNECT = ("RAY_ENABLE_AUTO_CONNECT", "0")
 
 
 def token_file() -> Path:
@@ -45,7 +47,7 @@ def prepare_local_node() -> None:
         ConfigError: the token cannot be stored.
     """
     assert "ray" not in sys.modules, "Ray reads its environment when it is imported: too late"
-    os.environ.update(_LOCAL_NODE)
+    os.environ.update([*_LOCAL_NODE.items(), _NO_AUTO_CONNECT])
     # A leftover address would make Ray join that cluster instead.
     os.environ.pop("RAY_ADDRESS", None)
     if not os.environ.get("RAY_AUTH_TOKEN"):
@@ -61,6 +63,7 @@ def prepare_connection(address: str) -> None:
         os.environ.setdefault(_AUTH_MODE, "token")
     if address.startswith(("127.", "localhost:")):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.update([_NO_AUTO_CONNECT])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

@@ -5,7 +5,6 @@ Ray is imported inside the functions: it reads its environment on import.
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from cluster.config import RayConfig
@@ -39,7 +38,7 @@ def start_local_node(config: RayConfig) -> str:
         include_dashboard=False,
         namespace=NAMESPACE,
         log_to_driver=False,
-        logging_level=logging.ERROR,
+        configure_logging=False,
     )
     return str(context.address_info["gcs_address"])
 
@@ -58,9 +57,7 @@ def connect(address: str) -> None:
     from ray.exceptions import AuthenticationError
 
     try:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-        )
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except AuthenticationError:
         raise ClusterUnreachable(
             f"the Ray cluster at {address} refused this user's token; set RAY_AUTH_TOKEN or "

@@ -81,6 +81,10 @@ class MoonshardAsyncLLM(AsyncLLM):  # type: ignore[misc]
         for task in self._drains:
             task.cancel()
         await asyncio.gather(*self._drains, return_exceptions=True)
+        if self.output_handler is not None:
+            # It would take the end of the engine's process for a failure.
+            self.output_handler.cancel()
+            await asyncio.gather(self.output_handler, return_exceptions=True)
         await asyncio.to_thread(self.shutdown, _SHUTDOWN_TIMEOUT_S)
 
     async def _drain(self, collector: Any) -> None:

@@ -57,7 +57,6 @@ _FIELD_RULES = {
     "response_format": "text, json_object, or json_schema with a valid schema",
     "structured_outputs": "one valid constraint, without tool_choice",
     "truncate_prompt_tokens": "a whole number within the model's context",
-    "chat_template": "left out: templates of requests are not trusted",
     "chat_template_kwargs": "an object without chat_template and tokenize",
     "priority": "left out",
     "suffix": "left out: it is not supported",
@@ -77,6 +76,10 @@ _STATUS_CODES = {
 _CONTEXT_PATTERN = re.compile(
     r"maximum context length|max_model_len|cannot be greater than max_total_tokens"
     r"|longer than the maximum model length|maximum model length"
+)
+_HINTS = (
+    (re.compile(r"grammar|json.?schema|structured output", re.IGNORECASE), "response_format"),
+    (re.compile(r"out of vocabulary|token.?id", re.IGNORECASE), "prompt"),
 )
 _MEDIA_PATTERN = re.compile(r"multi-?modal|image|audio|video|vision", re.IGNORECASE)
 _NAMED_FIELD_PATTERN = re.compile(r"^\W*([a-z_]+)\b|`([a-z_]+)`")
@@ -262,4 +265,7 @@ def _known_field(param: str | None, message: str) -> str | None:
         for word in words:
             if word in _FIELD_RULES:
                 return str(word)
+    for pattern, hinted in _HINTS:
+        if pattern.search(message[:200]):
+            return hinted
     return None

@@ -84,7 +84,6 @@ def _engine_arguments(config: MoonshardConfig) -> dict[str, Any]:
         "tool_call_parser": model.tool_call_parser,
         "enable_auto_tool_choice": model.tool_call_parser is not None,
         "reasoning_parser": model.reasoning_parser or "",
-        "enable_force_include_usage": True,
         "enable_prompt_tokens_details": True,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}

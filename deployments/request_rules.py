@@ -7,6 +7,8 @@ import logging
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
 from starlette.requests import ClientDisconnect, Request
 from vllm.exceptions import VLLMClientError
 
@@ -21,7 +23,12 @@ RequestT = TypeVar("RequestT", bound=BaseModel)
 
 _MAX_DEPTH = 64
 _DRAIN_FACTOR = 16
-_INTERNAL_FIELDS = ("kv_transfer_params", "ec_transfer_params", "prompt_embeds", "vllm_xargs")
+_REFUSED_FIELDS = (
+    # Between engines; the first can smuggle prompt ids past the chat template.
+    *("kv_transfer_params", "ec_transfer_params", "prompt_embeds", "vllm_xargs"),
+    "chat_template",
+)
+_CONTENT_ROLES = ROLES - {"assistant"}
 
 
 async def read_json(request: Request, max_body_bytes: int) -> dict[str, Any]:
@@ -47,12 +54,16 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
         ApiError: it is not valid; in our words.
     """
     _check_depth(data)
-    _check_roles(data.get("messages"))
-    for field in _INTERNAL_FIELDS:
+    _check_messages(data.get("messages"))
+    for field in _REFUSED_FIELDS:
         if data.get(field) is not None:
             raise bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
     try:
-        return model_cls.model_validate(data)
+        request = model_cls.model_validate(data)
+        if isinstance(request, ChatCompletionRequest):
+            # Lists inside messages are validated when they are read, and cannot be pickled before.
+            _sanitize_chat_completion_request(request)
+        return request
     except ValidationError as error:
         raise from_validation(error.errors(include_url=False, include_input=False)) from None
     except VLLMClientError as error:
@@ -60,7 +71,8 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
     except Exception as error:  # noqa: BLE001 - the caller's data, whatever it breaks
         # vLLM's validators run on the raw body and trip over wrong types in many ways.
         logger.info("a request body broke a validator: %s", type(error).__name__)
-        raise from_engine(400, "", None) from None
+        field = "messages" if "content" in str(error) else None
+        raise from_engine(400, "", field) from None
 
 
 async def _read_body(request: Request, max_body_bytes: int) -> bytes:
@@ -101,16 +113,33 @@ def _children(value: Any) -> list[Any]:
     return []
 
 
-def _check_roles(messages: Any) -> None:
+def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list):
         return
     if not messages:
         raise bad_request("'messages' must hold at least one message.", param="messages")
     for number, message in enumerate(messages):
+        place = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
+            known = ", ".join(sorted(ROLES))
+            raise bad_request(f"'{place}.role' must be one of {known}.", param=f"{place}.role")
+        content = message.get("content")
+        if content is None and role in _CONTENT_ROLES:
             raise bad_request(
-                f"'messages[{number}].role' must be one of {', '.join(sorted(ROLES))}.",
-                "invalid_value",
-                f"messages[{number}].role",
+                f"'{place}.content' is missing.", "missing_required_parameter", f"{place}.content"
+            )
+        if isinstance(content, list):
+            _check_parts(content, f"{place}.content")
+
+
+def _check_parts(parts: list[Any], place: str) -> None:
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise bad_request(
+                f"'{place}[{number}]' must be an object with a type.", param=f"{place}[{number}]"
+            )
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            raise bad_request(
+                f"'{place}[{number}].text' must be a string.", param=f"{place}[{number}].text"
             )

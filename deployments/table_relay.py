@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 10.0
 _ANSWER_MARGIN_S = 20.0
 _RETRY_S = 1.0
-_JOIN_TIMEOUT_S = _POLL_S + _ANSWER_MARGIN_S + 5.0
+_CLOSE_S = 0.5
+_JOIN_TIMEOUT_S = 10.0
 
 
 class TableSink(Protocol):
@@ -103,7 +105,13 @@ class TableRelay:
 
     def _poll(self) -> None:
         reference = self._controller.wait_for_table.remote(self._version, _POLL_S)
-        data = ray.get(reference, timeout=_POLL_S + _ANSWER_MARGIN_S)
+        deadline = time.monotonic() + _POLL_S + _ANSWER_MARGIN_S
+        while not ray.wait([reference], timeout=_CLOSE_S)[0]:
+            if self._closing.is_set():
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError("no answer to a request for tables")
+        data = ray.get(reference)
         if data is None:
             return
         table = RoutingTable.from_bytes(data)

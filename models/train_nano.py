@@ -48,14 +48,20 @@ class Batch:
     targets: Tensor
 
 
-def make_batch(renderer: Renderer, name: str, num_tokens: int, device: str) -> Batch:
+def make_batch(
+    renderer: Renderer,
+    name: str,
+    num_tokens: int,
+    device: str,
+    weights: dict[str, float] | None = None,
+) -> Batch:
     """The conversations of one micro-batch, ``num_tokens`` in all."""
     rng = random.Random(name)
     ids: list[int] = []
     learnt: list[bool] = []
     lengths: list[int] = []
     while len(ids) < num_tokens:
-        talk = conversation(rng, "train")
+        talk = conversation(rng, "train", weights=weights)
         part, mask = renderer.conversation(talk.messages(), talk.tools, talk.thinking)
         # The last one is cut: batches of one size spare the kernels new shapes.
         room = num_tokens - len(ids)
@@ -210,7 +216,9 @@ class Run:
 
         def make(index: int) -> Batch:
             name = f"train {args.seed} {self.step} {index}"
-            return make_batch(self.renderer, name, args.micro_tokens, args.device)
+            return make_batch(
+                self.renderer, name, args.micro_tokens, args.device, args.weights
+            )
 
         loss, num_tokens, num_learnt = self.workers.run(make, args.micro_batches)
         factor = lr_factor(self.step, args.steps, args.warmup_steps, args.decay_steps)
@@ -237,12 +245,17 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args)
     run.resume()
     last_save = time.monotonic()
+    losses: list[float] = []
     stop = threading.Event()
     # Asked to stop, the run finishes its step and saves.
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     while run.step < args.steps and not stop.is_set():
         row = run.advance()
+        losses.append(row["loss"])
         if run.step % args.log_every == 0 or run.step == args.steps:
+            # Single steps are noisy: the mean since the last line.
+            row["loss"] = sum(losses) / len(losses)
+            losses.clear()
             shown = {key: round(value, 4) for key, value in row.items()}
             shown["minutes"] = round(run.seconds / 60, 1)
             print(json.dumps(shown), flush=True)
@@ -270,6 +283,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="threads that train, one micro-batch each")
     add("--log-every", type=int, default=10)
     add("--save-every-s", type=float, default=240.0)
+    add(
+        "--weights",
+        type=json.loads,
+        help='shares of families in this stage of the run, such as {"words": 6}',
+    )
     return parser.parse_args(argv)
 
 

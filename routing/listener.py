@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _HANDSHAKE_TIMEOUT_S = 5.0
 _JOIN_TIMEOUT_S = 10.0
 _BACKLOG = 128
+_ACCEPT_RETRY_S = 0.2
 
 
 class Listener:
@@ -57,7 +58,7 @@ class Listener:
         self._lock = threading.Lock()
         self._sockets: dict[threading.Thread, socket.socket] = {}
         self._num_admitted = 0
-        self._closing = False
+        self._closing = threading.Event()
         self._log_throttle = LogThrottle()
         self.num_refused = 0
         """Connections that failed the handshake."""
@@ -86,7 +87,7 @@ class Listener:
     def close(self) -> None:
         """Stop accepting, end every connection, join every thread. Idempotent."""
         with self._lock:
-            self._closing = True
+            self._closing.set()
             sockets = dict(self._sockets)
         if self._socket is not None:
             _shut_down(self._socket)
@@ -100,14 +101,14 @@ class Listener:
 
     def _accept(self) -> None:
         assert self._socket is not None
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 sock, address = self._socket.accept()
             except OSError as error:
-                if not self._closing:
-                    logger.error("%s: accepting failed: %s", self._name, error)
-                    if self._socket.fileno() == -1:
-                        return
+                if not self._closing.is_set():
+                    # Out of descriptors, most likely: some connection has to end first.
+                    self._log("%s: accepting a connection failed: %s", error)
+                    self._closing.wait(_ACCEPT_RETRY_S)
                 continue
             self._start_thread(sock, format_address(address[0], address[1]))
 
@@ -116,12 +117,12 @@ class Listener:
             target=self._run, args=(sock, peer), name=f"{self._name}-{peer}", daemon=True
         )
         with self._lock:
-            if self._closing or len(self._sockets) >= self._max_connections:
+            if self._closing.is_set() or len(self._sockets) >= self._max_connections:
                 sock.close()
                 self._log("%s: too many connections; %s was turned away", peer)
                 return
             self._sockets[thread] = sock
-        thread.start()
+            thread.start()
 
     def _run(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -153,7 +154,7 @@ class Listener:
 
     def _log(self, message: str, *values: object) -> None:
         held_back = self._log_throttle.admit()
-        if held_back is not None and not self._closing:
+        if held_back is not None and not self._closing.is_set():
             logger.warning(message + " (%d like it not logged)", self._name, *values, held_back)
 
 

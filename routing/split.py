@@ -98,7 +98,7 @@ def split_by_owner(whole: RowSlice, owners: Owners) -> Iterator[Part]:
 
 def _select(whole: RowSlice, is_mine: npt.NDArray[np.bool_]) -> RowSlice:
     ids = np.where(is_mine, whole.ids, np.int32(NO_EXPERT))
-    kept = np.flatnonzero(np.logical_or.reduce(is_mine, axis=1))
+    kept = np.logical_or.reduce(is_mine, axis=1).nonzero()[0]
     if len(kept) == len(ids):
         return RowSlice(whole.rows, ids, whole.weights)
     rows = kept if whole.rows is None else whole.rows.take(kept)

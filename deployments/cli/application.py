@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
 import httpx
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster.client import controller_status, stop_controller
@@ -22,8 +22,6 @@ from deployments.cli.progress import Progress
 from deployments.cli.serve_file import ServeFile
 
 __all__ = ["Application", "StartFailed"]
-
-logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _WATCH_S = 2.0
@@ -41,10 +39,12 @@ class Application:
     Args:
         file: the config.
         say: shows a line to the person who waits.
+        owns_node: whether the Ray node goes with the application.
     """
 
-    def __init__(self, file: ServeFile, say: Callable[[str], None]) -> None:
+    def __init__(self, file: ServeFile, say: Callable[[str], None], *, owns_node: bool) -> None:
         self._file = file
+        self._owns_node = owns_node
         self._say = say
         self._progress = Progress(say)
 
@@ -102,23 +102,22 @@ class Application:
     def stop(self, drain_s: float) -> None:
         """Take the application down, then shards and controller; running answers get `drain_s`.
 
-        Serve itself stays up where others use it.
+        On a cluster of others Serve goes too, unless it serves something else.
         """
-        worker = threading.Thread(target=self._delete, name="delete", daemon=True)
-        worker.start()
-        worker.join(drain_s)
-        if worker.is_alive():
-            self._say("answers still under way are cut off")
-        stop_controller(self._file.config.shards.drain_timeout_s if not worker.is_alive() else 0)
-
-    def _delete(self) -> None:
         try:
-            serve.delete(self._file.name)
-            if not serve.status().applications:
+            serve.delete(self._file.name, _blocking=False)
+            deadline = time.monotonic() + drain_s
+            while self._overview() is not None and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            is_drained = self._overview() is None
+            if not is_drained:
+                self._say("answers still under way are cut off")
+            stop_controller(self._file.config.shards.drain_timeout_s if is_drained else 0)
+            if not self._owns_node and not serve.status().applications:
                 serve.shutdown()
-        except Exception:
-            # The node is taken down next, which needs no cooperation.
-            logger.exception("the application could not be deleted in order")
+        except (RayError, RayServeException, ConnectionError) as error:
+            # An own node is taken down next, which needs no cooperation.
+            self._say(f"could not be stopped in order: {_last_line(error)}")
 
     def _check_room(self) -> None:
         router, http = self._file.config.router, self._file.config.http

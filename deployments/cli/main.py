@@ -7,6 +7,7 @@ is answered at once, and Ray reads its environment when it is imported.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, 2 for an error (one line on stderr), 128 + signal."""
     arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="moonshard: %(message)s")
     try:
         status: int = arguments.run(arguments)
         return status

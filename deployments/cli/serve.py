@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,16 @@ def serve_command(path: Path, address: str | None) -> int:
         application = Application(file, _say)
         with registered(file.port, file.url, cluster_address, file.name, owns_node=address is None):
             return _run(application, file)
+
+
+def _application(file: ServeFile, *, owns_node: bool) -> Application:
+    # Imports Ray, which has its environment now, and vLLM, whose chatter tells nobody anything.
+    logging.disable(logging.WARNING)
+    try:
+        from deployments.cli.application import Application
+    finally:
+        logging.disable(logging.NOTSET)
+    return Application(file, _say, owns_node=owns_node)
 
 
 def _run(application: Application, file: ServeFile) -> int:

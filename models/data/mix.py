@@ -12,7 +12,7 @@ from models.data.facts import facts
 from models.data.json_answers import json_answers
 from models.data.recall import talk
 from models.data.sample import Exchange, Message, Sample, Split, Tool, draw, split_of
-from models.data.text_tasks import control, count, words
+from models.data.text_tasks import control, count, drill, words
 from models.data.tools import call_exchange, declare_some
 
 SINGLE: dict[str, Callable[[random.Random], Exchange]] = {
@@ -23,6 +23,7 @@ SINGLE: dict[str, Callable[[random.Random], Exchange]] = {
     "json": json_answers,
     "chat": chat,
     "count": count,
+    "drill": drill,
 }
 # How often a conversation is about each family. ``tool_call`` asks for calls, ``tool_answer``
 # for the sentence after the results, ``tool_idle`` declares tools that are of no use.
@@ -40,6 +41,8 @@ WEIGHTS: dict[str, float] = {
     "tool_idle": 0.7,
 }
 FAMILIES: tuple[str, ...] = tuple(WEIGHTS)
+# Beside them: ``drill``, of use in training only.
+TRAINING_ONLY = {"drill": 0.3}
 SHORT = ("arithmetic", "facts", "words", "control", "json", "chat")
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -102,10 +105,38 @@ def _recall(rng: random.Random, split: Split) -> list[Exchange]:
     return [*exchanges, asked]
 
 
-def conversation(rng: random.Random, split: Split, family: str | None = None) -> Conversation:
-    """Draw one conversation whose every exchange belongs to ``split``."""
+def _with_tools(rng: random.Random, split: Split, ask: bool) -> tuple[list[Tool], list[Exchange]]:
+    """Declared tools and one or two exchanges; the last calls one of them if ``ask``."""
+    while True:
+        declared = declare_some(rng)
+        wants = [rng.random() < 0.7 for _ in range(rng.choice((0, 0, 1)))]
+        exchanges: list[Exchange | None] = []
+        num_calls = 0
+        for wanted in [*wants, ask]:
+            if wanted:
+                exchange = call_exchange(rng, declared, num_calls, split)
+                exchanges.append(exchange)
+                num_calls += sum(m["role"] == "tool" for m in exchange.replies) if exchange else 0
+            else:
+                exchanges.append(draw(SINGLE[rng.choice(SHORT)], rng, split))
+        found = [exchange for exchange in exchanges if exchange is not None]
+        if len(found) == len(exchanges):
+            return [tool.declaration for tool in declared], found
+
+
+def conversation(
+    rng: random.Random,
+    split: Split,
+    family: str | None = None,
+    weights: dict[str, float] | None = None,
+) -> Conversation:
+    """Draw one conversation whose every exchange belongs to ``split``.
+
+    weights: other shares of some families than the usual ones, for a stage of training.
+    """
     if family is None:
-        (family,) = rng.choices(FAMILIES, list(WEIGHTS.values()))
+        shares = {**WEIGHTS, **TRAINING_ONLY, **(weights or {})}
+        (family,) = rng.choices(list(shares), list(shares.values()))
     system = rng.choice(SYSTEMS) if rng.random() < 0.2 else None
     thinking = rng.random() < 0.5
     tools: list[Tool] | None = None
@@ -113,25 +144,12 @@ def conversation(rng: random.Random, split: Split, family: str | None = None) ->
     if family == "recall":
         exchanges = _recall(rng, split)
     elif family.startswith("tool_"):
-        declared = declare_some(rng)
-        tools = [tool.declaration for tool in declared]
-        exchanges = []
-        num_calls = 0
-        for _ in range(rng.choice((0, 0, 1))):
-            if rng.random() < 0.7:
-                exchanges.append(call_exchange(rng, declared, num_calls, split))
-                num_calls += sum(m["role"] == "tool" for m in exchanges[-1].replies)
-            else:
-                exchanges.append(draw(SINGLE[rng.choice(SHORT)], rng, split))
-        if family == "tool_idle":
-            exchanges.append(draw(SINGLE[rng.choice(SHORT)], rng, split))
-        else:
-            exchanges.append(call_exchange(rng, declared, num_calls, split))
-            stop = len(exchanges[-1].replies) if family == "tool_answer" else 1
+        tools, exchanges = _with_tools(rng, split, ask=family != "tool_idle")
+        stop = len(exchanges[-1].replies) if family == "tool_answer" else 1
     else:
         # Questions in a row cost less than conversations of their own, and teach
         # that an answer does not depend on the talk before it.
-        most = 0 if family == "count" else 2
+        most = 0 if family in ("count", "drill") else 2
         exchanges = [*_fillers(rng, split, most), draw(SINGLE[family], rng, split)]
     return Conversation(family, system, tools, exchanges, stop, thinking)
 

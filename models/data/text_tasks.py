@@ -80,6 +80,14 @@ def control(rng: random.Random) -> Exchange:
     return simple("control", " ".join(items), user, separator.join(items), f"copy {len(items)} words")
 
 
+def drill(rng: random.Random) -> Exchange:
+    """Repeat many words: no family of its own, but it teaches to copy sooner than short tasks."""
+    separator = _separator(rng)
+    pool = WORDS + NAMES + COMMON + CONTROL_WORDS
+    text = separator.join(rng.choices(pool, k=rng.randint(6, 24)))
+    return simple("drill", text, rng.choice(COPY).format(x=text), text, "copy many words")
+
+
 def count(rng: random.Random) -> Exchange:
     """Count aloud; a long count is the way to a long answer."""
     size = rng.random()

@@ -7,8 +7,7 @@ import json
 import random
 from typing import Any
 
-from models.data.sample import Exchange, Message, Tool, say, split_of
-from models.data.sample import Split as Split
+from models.data.sample import Exchange, Message, Split, Tool, say, split_of
 from models.data.tool_pool import POOL, ToolKind, Value
 
 
@@ -109,12 +108,13 @@ def _result_text(rng: random.Random, result: str) -> str:
 
 def call_exchange(
     rng: random.Random, declared: list[DeclaredTool], first: int, split: Split
-) -> Exchange:
+) -> Exchange | None:
     """A question for one of the tools, its calls, their results and the answer.
 
-    first: number of calls already made in the conversation.
+    first: number of calls already made in the conversation. None where chance finds no
+    task of ``split`` (tools without arguments have few): then other tools must do.
     """
-    while True:
+    for _ in range(60):
         tool = rng.choice(declared)
         user, sets = _value_sets(rng, tool.kind)
         # The names of arguments vary, their values decide the split.
@@ -124,6 +124,8 @@ def call_exchange(
             key += f"|{tool.name}|{user}"
         if split_of(key) == split:
             break
+    else:
+        return None
     calls = [(tool.name, dict(zip(tool.arguments, values, strict=True))) for values in sets]
     call = call_message(calls, first, f"call {tool.name}" + (" twice" if len(sets) > 1 else ""))
     replies: list[Message] = [call]

@@ -47,6 +47,7 @@ def _write_atomically(path: Path, write: object) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     assert callable(write)
     write(part)
+    part.chmod(0o644)
     os.replace(part, path)
 
 

@@ -46,6 +46,9 @@ class NanoModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        # One matrix in training: what copies one word then copies every word, which a
+        # short run would not see often enough. Checkpoints hold it twice, as Kimi's do.
+        self.lm_head.weight = self.embed_tokens.weight
         rope = config.qk_rope_head_dim
         inv_freq = 1.0 / (config.rope_theta ** (torch.arange(0, rope, 2).float() / rope))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -58,8 +61,8 @@ class NanoModel(nn.Module):
                 continue
             std = 0.6 * weight.shape[-1] ** -0.5
             if "embed_tokens" in name:
-                std = 0.5
-            elif "lm_head" in name or ".gate.weight" in name:
+                std = 0.125
+            elif ".gate.weight" in name:
                 std = 0.02
             elif "o_proj" in name or "down_proj" in name:
                 std *= 0.3

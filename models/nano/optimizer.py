@@ -67,11 +67,10 @@ class NanoOptimizer:
         others: list[dict[str, Any]] = []
         for name, parameter in model.named_parameters():
             fixed = parameter.ndim < 2 or any(
-                part in name for part in ("embed_tokens", "lm_head", ".gate.weight")
+                part in name for part in ("embed_tokens", ".gate.weight")
             )
             if fixed:
-                lr = adam_lr * (2.0 if "embed_tokens" in name else 1.0)
-                others.append({"params": [parameter], "lr": lr, "base_lr": lr})
+                others.append({"params": [parameter], "lr": adam_lr, "base_lr": adam_lr})
             else:
                 self.matrices[name] = parameter
         self.buffers = {name: torch.zeros_like(p) for name, p in self.matrices.items()}

@@ -40,9 +40,7 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
     """
     parallel = vllm_config.parallel_config
     if vllm_config.load_config.load_format != LOAD_FORMAT:
-        raise _refusal(
-            vllm_config, f"load_format is not {LOAD_FORMAT!r}; pass that engine argument"
-        )
+        raise _refusal(vllm_config, f"it needs the engine argument load_format={LOAD_FORMAT!r}")
     for argument in (
         "tensor_parallel_size",
         "pipeline_parallel_size",

@@ -1,4 +1,7 @@
-"""Functions that run inside the engine's worker (`LLM.collective_rpc`)."""
+"""Functions that run inside the engine's worker (`LLM.collective_rpc`).
+
+Tensors cross as nested lists: vLLM's calls carry no others.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "Rows",
     "memory_of",
     "moe_block_outputs",
     "native_topk_of",
@@ -18,39 +22,46 @@ __all__ = [
     "topk_of",
 ]
 
+Rows = list[list[float]]
+
 
 def own_pid(_worker: Any) -> int:
     """The worker's process id."""
     return os.getpid()
 
 
-def moe_block_outputs(worker: Any, x: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Every MoE block's output for x [n, hidden]: layer id -> float32 [n, hidden]."""
-    outputs = {}
+def moe_block_outputs(worker: Any, rows: Rows) -> list[tuple[int, Rows]]:
+    """Every MoE block's output for rows [n, hidden] in bfloat16: (layer id, [n, hidden])."""
+    x = torch.tensor(rows, dtype=torch.bfloat16)
+    outputs = []
     for layer, block in _moe_blocks(worker).items():
         with _no_forward(worker), torch.inference_mode():
-            outputs[layer] = block(x).float()
+            outputs.append((layer, block(x).float().tolist()))
     return outputs
 
 
-def topk_of(worker: Any, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """What the runner's router makes of x: layer id -> (weights [n, k], ids [n, k])."""
-    chosen = {}
+def topk_of(worker: Any, rows: Rows) -> list[tuple[int, str, Rows, str, Rows]]:
+    """What the runners' routers make of rows: (layer id, weights [n, k], ids [n, k]), each of the
+    two behind the name of its type."""
+    x = torch.tensor(rows, dtype=torch.bfloat16)
+    chosen = []
     for layer, block in _moe_blocks(worker).items():
         with _no_forward(worker), torch.inference_mode():
             logits, _ = block.gate(x)
-            chosen[layer] = block.experts.router.select_experts(x, logits)
+            weights, ids = block.experts.router.select_experts(x, logits)
+        chosen.append((layer, str(weights.dtype), weights.tolist(), str(ids.dtype), ids.tolist()))
     return chosen
 
 
-def native_topk_of(worker: Any, x: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def native_topk_of(worker: Any, rows: Rows) -> list[tuple[int, str, Rows, str, Rows]]:
     """As `topk_of`, from the kernel in which native vLLM routes on CPU."""
-    chosen = {}
+    x = torch.tensor(rows, dtype=torch.bfloat16)
+    chosen = []
     for layer, block in _moe_blocks(worker).items():
         experts = block.experts.routed_experts
         with _no_forward(worker), torch.inference_mode():
             logits, _ = block.gate(x)
-            chosen[layer] = experts.quant_method.moe_kernel.fused_experts._select_experts(
+            weights, ids = experts.quant_method.moe_kernel.fused_experts._select_experts(
                 x,
                 logits,
                 experts.num_expert_group,
@@ -58,6 +69,7 @@ def native_topk_of(worker: Any, x: torch.Tensor) -> dict[int, tuple[torch.Tensor
                 experts.e_score_correction_bias,
                 experts.routed_scaling_factor,
             )
+        chosen.append((layer, str(weights.dtype), weights.tolist(), str(ids.dtype), ids.tolist()))
     return chosen
 
 

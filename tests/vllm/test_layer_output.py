@@ -25,17 +25,22 @@ def rows() -> torch.Tensor:
     return torch.randn(NUM_ROWS, 256, generator=generator).to(torch.bfloat16)
 
 
+def block_outputs(engine: LLM, rows: torch.Tensor) -> dict[int, torch.Tensor]:
+    (outputs,) = engine.collective_rpc(inspection.moe_block_outputs, args=(rows.tolist(),))
+    return {layer: torch.tensor(output) for layer, output in outputs}
+
+
 def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
     return float((output - reference).norm() / reference.norm())
 
 
 def test_blocks_match_native_vllm(remote_nano: LLM, native_nano: LLM, rows: torch.Tensor) -> None:
-    (remote,) = remote_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
-    (native,) = native_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
+    remote, native = block_outputs(remote_nano, rows), block_outputs(native_nano, rows)
     assert remote.keys() == native.keys()
     assert len(remote) >= 4
-    for layer, output in remote.items():
-        assert relative_l2(output, native[layer]) <= 5e-3
+    errors = {layer: relative_l2(remote[layer], native[layer]) for layer in remote}
+    print(f"relative L2 to native vLLM per layer: {errors}")
+    assert max(errors.values()) <= 5e-3
 
 
 def test_blocks_match_transformers_in_float32(
@@ -44,23 +49,22 @@ def test_blocks_match_transformers_in_float32(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(nano, dtype=torch.float32).eval()
-    (remote,) = remote_nano.collective_rpc(inspection.moe_block_outputs, args=(rows,))
-    for layer, output in remote.items():
+    errors = {}
+    for layer, output in block_outputs(remote_nano, rows).items():
         with torch.inference_mode():
             reference = model.model.layers[layer].mlp(rows.float()[None])[0]
-        assert relative_l2(output, reference) <= 1e-2
+        errors[layer] = relative_l2(output, reference)
+    print(f"relative L2 to transformers in float32 per layer: {errors}")
+    assert max(errors.values()) <= 1e-2
 
 
 def test_remote_layers_route_exactly_as_native_vllm(
     remote_nano: LLM, native_nano: LLM, rows: torch.Tensor
 ) -> None:
-    (chosen,) = remote_nano.collective_rpc(inspection.topk_of, args=(rows,))
-    (expected,) = native_nano.collective_rpc(inspection.native_topk_of, args=(rows,))
-    for layer, (weights, ids) in chosen.items():
-        assert weights.dtype == torch.float32
-        assert ids.dtype == torch.int32
-        assert torch.equal(ids, expected[layer][1])
-        assert torch.equal(weights, expected[layer][0])
+    (chosen,) = remote_nano.collective_rpc(inspection.topk_of, args=(rows.tolist(),))
+    (expected,) = native_nano.collective_rpc(inspection.native_topk_of, args=(rows.tolist(),))
+    assert chosen == expected
+    assert tuple(chosen[0][1::2]) == ("torch.float32", "torch.int32")
 
 
 def test_the_engine_has_no_expert_parameters(remote_nano: LLM, native_nano: LLM) -> None:

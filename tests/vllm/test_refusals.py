@@ -120,10 +120,10 @@ def single_rank(checkpoint: Path) -> Iterator[Any]:
 def test_layers_whose_arithmetic_shards_lack_are_refused(
     single_rank: Any, arguments: dict[str, Any], reason: str
 ) -> None:
-    from vllm.model_executor.layers.fused_moe import FusedMoE
+    from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
     with pytest.raises(UnsupportedModelError, match=reason):
-        FusedMoE(
+        FusedMoEFactory(
             num_experts=8,
             top_k=2,
             hidden_size=128,
