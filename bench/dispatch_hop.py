@@ -41,7 +41,7 @@ class NullKernel:
     def __init__(self, hidden: int) -> None:
         self.name = "null"
         self.experts = tuple(range(NUM_EXPERTS))
-        self.layers = (LAYER,)
+        self.layers: tuple[int, ...] = (LAYER,)
         self.hidden = hidden
         self.dtype = torch.bfloat16
 

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,6 @@ from routing.transport import deadline_after, remaining_s
 from routing.wire import (
     ErrorCode,
     FrameHeader,
-    Parts,
     RequestBody,
     decode_request,
     encode_error,
@@ -50,7 +50,7 @@ class DataPlaneStats:
         bytes_received: bodies of requests.
         bytes_sent: bodies of replies.
         busy_ns: time in the kernel.
-        queued: requests that wait for the kernel now.
+        queued: requests that were accepted and are not in the kernel now.
         connections: open, admitted connections.
         refused: connections without the right token.
         broken: connections closed because of what they sent.
@@ -80,6 +80,14 @@ class _Refusal(Exception):
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class _Work(NamedTuple):
+    """A computation that was done."""
+
+    out: torch.Tensor
+    local_ids: npt.NDArray[np.int32]
+    busy_ns: int
 
 
 class DataPlaneServer:
@@ -112,7 +120,7 @@ class DataPlaneServer:
         self._in_flight = 0
         self._is_draining = False
         self._requests = self._errors = self._rows = self._busy_ns = 0
-        self._bytes_received = self._bytes_sent = self._queued = 0
+        self._bytes_received = self._bytes_sent = 0
         self._expert_rows = np.zeros((len(kernel.layers), len(kernel.experts)), dtype=np.int64)
         self._throttle = LogThrottle()
         self._listener = Listener("data-plane", host, port, token, incarnation, self._serve)
@@ -140,7 +148,7 @@ class DataPlaneServer:
                 bytes_received=self._bytes_received,
                 bytes_sent=self._bytes_sent,
                 busy_ns=self._busy_ns,
-                queued=self._queued,
+                queued=max(0, self._in_flight - self._compute.locked()),
                 connections=self._listener.num_connections,
                 refused=self._listener.num_refused,
                 broken=self._listener.num_broken,
@@ -171,43 +179,64 @@ class DataPlaneServer:
         while True:
             header, body = connection.receive(deadline=None)
             request = decode_request(header, body)
-            with self._idle:
-                is_accepted = not self._is_draining
-                self._in_flight += is_accepted
-                self._errors += not is_accepted
-            if not is_accepted:
+            if not self._accept():
                 refusal = encode_error(header, ErrorCode.DRAINING, "this shard is draining")
                 connection.send(refusal, deadline_after(_SEND_TIMEOUT_S))
                 continue
+            work = None
             try:
-                answer = self._answer(header, request)
+                work = self._compute_or_refuse(header, request)
+                if isinstance(work, _Refusal):
+                    answer = encode_error(header, work.code, str(work))
+                else:
+                    answer = encode_reply(header, work.out)
                 connection.send(answer, deadline_after(_SEND_TIMEOUT_S))
             finally:
-                with self._idle:
-                    self._in_flight -= 1
-                    self._idle.notify_all()
+                # Counted behind the answer, so that nobody waits for the counting.
+                self._finish(header, work)
 
-    def _answer(self, header: FrameHeader, request: RequestBody) -> Parts:
+    def _accept(self) -> bool:
+        with self._idle:
+            if self._is_draining:
+                self._errors += 1
+                return False
+            self._in_flight += 1
+            return True
+
+    def _finish(self, header: FrameHeader, work: _Work | _Refusal | None) -> None:
+        with self._idle:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.notify_all()
+            if isinstance(work, _Work):
+                asked = work.local_ids[work.local_ids >= 0]
+                self._requests += 1
+                self._rows += header.rows
+                self._busy_ns += work.busy_ns
+                self._bytes_received += header.body_bytes
+                self._bytes_sent += work.out.nbytes
+                per_expert = np.bincount(asked, minlength=self._expert_rows.shape[1])
+                self._expert_rows[self._layer_index[header.layer]] += per_expert
+            else:
+                self._errors += 1
+
+    def _compute_or_refuse(self, header: FrameHeader, request: RequestBody) -> _Work | _Refusal:
         try:
-            out = self._run(header, request)
-        except _Refusal as refusal:
-            code, message = refusal.code, str(refusal)
+            return self._run(header, request)
+        except _Refusal as error:
+            refusal = error
         except Exception as error:
             # The kernel's fault, not the connection's: the dispatcher is to hear of it.
             logger.exception("layer %d: %d rows failed", header.layer, header.rows)
-            code, message = ErrorCode.INTERNAL, f"the kernel failed: {type(error).__name__}"
-        else:
-            return encode_reply(header, out)
-        with self._idle:
-            self._errors += 1
+            name = type(error).__name__
+            refusal = _Refusal(ErrorCode.INTERNAL, f"the kernel failed: {name}")
         held_back = self._throttle.admit()
         if held_back is not None:
-            logger.warning("a request was refused: %s (%d more not logged)", message, held_back)
-        return encode_error(header, code, message)
+            logger.warning("a request was refused: %s (%d more not logged)", refusal, held_back)
+        return refusal
 
-    def _run(self, header: FrameHeader, request: RequestBody) -> torch.Tensor:
-        index = self._layer_index.get(header.layer)
-        if index is None:
+    def _run(self, header: FrameHeader, request: RequestBody) -> _Work:
+        if header.layer not in self._layer_index:
             raise _Refusal(ErrorCode.NOT_HELD, f"layer {header.layer} is not served here")
         if header.extra != self._kernel.hidden:
             raise _Refusal(
@@ -215,29 +244,10 @@ class DataPlaneServer:
                 f"rows of {header.extra} elements; the model's have {self._kernel.hidden}",
             )
         local_ids = self._to_local(request.ids)
-        out, busy_ns = self._compute_rows(header.layer, request, local_ids)
-        counts = np.bincount(local_ids[local_ids >= 0], minlength=self._expert_rows.shape[1])
-        with self._idle:
-            self._requests += 1
-            self._rows += header.rows
-            self._busy_ns += busy_ns
-            self._bytes_received += header.body_bytes
-            self._bytes_sent += out.nbytes
-            self._expert_rows[index] += counts
-        return out
-
-    def _compute_rows(
-        self, layer: int, request: RequestBody, local_ids: npt.NDArray[np.int32]
-    ) -> tuple[torch.Tensor, int]:
-        """One computation at a time, so that connections do not fight over the cores."""
-        with self._idle:
-            self._queued += 1
-        with self._compute:
-            with self._idle:
-                self._queued -= 1
+        with self._compute:  # one at a time, so that connections do not fight over the cores
             started_ns = time.perf_counter_ns()
-            out = self._kernel(layer, request.rows, local_ids, request.weights)
-            return out, time.perf_counter_ns() - started_ns
+            out = self._kernel(header.layer, request.rows, local_ids, request.weights)
+            return _Work(out, local_ids, time.perf_counter_ns() - started_ns)
 
     def _to_local(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Logical ids to local ones. The kernel uses them as indices, so all are checked here."""

@@ -31,7 +31,7 @@ from deployments.errors import (
 from deployments.http_app import error_response
 from deployments.request_rules import parse_request, read_json
 
-__all__ = ["Ingress"]
+__all__ = ["Ingress", "without_credentials"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         deadline = asyncio.get_running_loop().time() + self._request_timeout_s
         body = parse_request(request_cls, await read_json(request, self._max_body_bytes))
         items = self._get_response(
-            body=body, call_method=method, raw_request=_without_credentials(request)
+            body=body, call_method=method, raw_request=without_credentials(request)
         )
         try:
             async with asyncio.timeout_at(deadline):
@@ -167,7 +167,7 @@ def _failure(error: Exception) -> ApiError:
     return internal_error()
 
 
-def _without_credentials(request: Request) -> Request:
+def without_credentials(request: Request) -> Request:
     """The request with those headers only that the router has a use for."""
     headers = [pair for pair in request.scope["headers"] if pair[0].lower() in _FORWARDED_HEADERS]
     return Request({**request.scope, "headers": headers})

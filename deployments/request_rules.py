@@ -71,8 +71,7 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
     except Exception as error:  # noqa: BLE001 - the caller's data, whatever it breaks
         # vLLM's validators run on the raw body and trip over wrong types in many ways.
         logger.info("a request body broke a validator: %s", type(error).__name__)
-        field = "messages" if "content" in str(error) else None
-        raise from_engine(400, "", field) from None
+        raise from_engine(400, "", "messages" if "content" in str(error) else None) from None
 
 
 async def _read_body(request: Request, max_body_bytes: int) -> bytes:

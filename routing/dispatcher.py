@@ -101,7 +101,7 @@ class Dispatcher:
         self._is_recovering = False
         self._gave_up_at: int | None = None
         self._is_closed = False
-        self._log_throttle = LogThrottle(period_s=1.0)
+        self._throttles = {level: LogThrottle(1.0) for level in (logging.ERROR, logging.WARNING)}
 
     def dispatch(
         self,
@@ -150,7 +150,7 @@ class Dispatcher:
             if not pending.is_failed:
                 answer = self._gather(pending)
         except ExpertsUnavailable as error:
-            logger.error("layer %d: %s; the step ends with zeros", pending.layer, error)
+            self._log(logging.ERROR, pending.layer, f"{error}; the step ends with zeros")
         except Exception:
             logger.exception("combining layer %d failed", pending.layer)
         finally:
@@ -167,8 +167,6 @@ class Dispatcher:
         """Close all connections; what is dispatched later is answered with poison. Idempotent."""
         self._is_closed = True
         self._links.close()
-
-    # -- a step ------------------------------------------------------------------------------
 
     def _begin(self, layer: int) -> None:
         if self._is_closed:
@@ -259,8 +257,6 @@ class Dispatcher:
             return min(deadline, self._recovery_deadline)
         return deadline
 
-    # -- answers -----------------------------------------------------------------------------
-
     def _gather(self, pending: PendingCombine) -> torch.Tensor:
         while True:
             self._receive_all(pending)
@@ -321,8 +317,6 @@ class Dispatcher:
             raise WireError(f"{connection.peer} answered {tuple(rows.shape)}, not {expected}")
         return rows
 
-    # -- failures ----------------------------------------------------------------------------
-
     def _lost(
         self,
         pending: PendingCombine,
@@ -338,14 +332,12 @@ class Dispatcher:
             self._links.failed(endpoint, error, self._settings.request_timeout_s)
         else:
             self._links.failed(endpoint, error, _RECONNECT_S)
-        held_back = self._log_throttle.admit()
+        self._log(logging.WARNING, pending.layer, f"rows will be sent again: {error}")
+
+    def _log(self, level: int, layer: int, message: str) -> None:
+        held_back = self._throttles[level].admit()
         if held_back is not None:
-            logger.warning(
-                "layer %d: rows will be sent again: %s (%d more not logged)",
-                pending.layer,
-                error,
-                held_back,
-            )
+            logger.log(level, "layer %d: %s (%d more not logged)", layer, message, held_back)
 
     def _send_again(self, pending: PendingCombine) -> None:
         """Send what is left to do, waiting for somebody who serves it.

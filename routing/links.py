@@ -13,6 +13,8 @@ from routing.transport import Connection, Transport, deadline_after
 
 __all__ = ["Link", "ShardLinks"]
 
+_MAX_DOUBLINGS = 4
+
 
 @dataclass(slots=True, eq=False)
 class Link:
@@ -33,6 +35,7 @@ class ShardLinks:
         self._links: dict[ShardEndpoint, Link] = {}
         self._known: set[ShardEndpoint] = set()
         self._avoided_until_s: dict[ShardEndpoint, float] = {}
+        self._num_failures: dict[ShardEndpoint, int] = {}
         self.num_reconnects = 0
         """Connections made to an endpoint that had one before."""
 
@@ -58,8 +61,14 @@ class ShardLinks:
             link.connection.close()
 
     def avoid(self, endpoint: ShardEndpoint, for_s: float) -> None:
-        """Leave `endpoint` alone for a while."""
-        self._avoided_until_s[endpoint] = time.monotonic() + for_s
+        """Leave `endpoint` alone for a while; twice as long each time, until it answers.
+
+        So that a step which has another replica does not pay for the attempts to reach this one.
+        """
+        count = self._num_failures.get(endpoint, 0)
+        self._num_failures[endpoint] = count + 1
+        factor = 2 ** min(count, _MAX_DOUBLINGS)
+        self._avoided_until_s[endpoint] = time.monotonic() + for_s * factor
 
     def is_avoided(self, endpoint: ShardEndpoint) -> bool:
         """Whether `endpoint` is left alone now."""
@@ -70,6 +79,7 @@ class ShardLinks:
         """The link has carried an answer: its shard is well."""
         link.is_proven = True
         self._avoided_until_s.pop(link.endpoint, None)
+        self._num_failures.pop(link.endpoint, None)
 
     @property
     def are_all_well(self) -> bool:
@@ -93,6 +103,7 @@ class ShardLinks:
         self._known &= kept
         for endpoint in self._avoided_until_s.keys() - kept:
             del self._avoided_until_s[endpoint]
+            self._num_failures.pop(endpoint, None)
 
     def close(self) -> None:
         """Close every link. Idempotent."""

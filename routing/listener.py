@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from routing.exceptions import HandshakeRefused, TransportError
+from routing.exceptions import HandshakeRefused, PeerClosed, TransportError
 from routing.tcp import TcpConnection, accept_handshake, format_address
 from routing.throttle import LogThrottle
 from routing.transport import deadline_after
@@ -130,6 +130,8 @@ class Listener:
         except HandshakeRefused as error:
             self.num_refused += 1
             self._log("%s: %s: %s", peer, error)
+        except PeerClosed as error:
+            logger.debug("%s: %s", self._name, error)
         except TransportError as error:
             self.num_broken += 1
             self._log("%s: connection with %s ended: %s", peer, error)

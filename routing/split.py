@@ -98,6 +98,8 @@ def split_by_owner(whole: RowSlice, owners: Owners) -> Iterator[Part]:
 
 def _select(whole: RowSlice, is_mine: npt.NDArray[np.bool_]) -> RowSlice:
     ids = np.where(is_mine, whole.ids, np.int32(NO_EXPERT))
+    if len(ids) == 1:
+        return RowSlice(whole.rows, ids, whole.weights)
     kept = np.logical_or.reduce(is_mine, axis=1).nonzero()[0]
     if len(kept) == len(ids):
         return RowSlice(whole.rows, ids, whole.weights)

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 # kernel counts a closed window against this timeout.
 CLIENT_USER_TIMEOUT_MS = 4_000
 SERVER_USER_TIMEOUT_MS = 60_000
-_SOCKET_BUFFER_BYTES = 4 * 2**20
 _FRAME_TIMEOUT_S = 30.0
 _FIRST_BUFFER_BYTES = 64 * 2**10
 
@@ -197,13 +196,7 @@ class TcpTransport:
             raise DeadlineExceeded(f"{peer} did not answer in time") from None
         except OSError as error:
             raise PeerClosed(f"{peer}: {error.strerror or error}") from None
-        _enlarge_buffers(sock)
         return TcpConnection(sock, peer, CLIENT_USER_TIMEOUT_MS)
-
-
-def _enlarge_buffers(sock: socket.socket) -> None:
-    # So that a frame leaves the dispatcher at once, before the next shard's is begun.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
 
 
 def accept_handshake(
@@ -215,7 +208,6 @@ def accept_handshake(
         HandshakeRefused: it does not; the connection is closed.
         TransportError: it hung up, was too slow, or speaks something else; closed too.
     """
-    _enlarge_buffers(sock)
     connection = TcpConnection(sock, peer, SERVER_USER_TIMEOUT_MS)
     try:
         greet_client(

@@ -43,9 +43,13 @@ def declare(rng: random.Random, kind: ToolKind) -> DeclaredTool:
     if len(set(arguments)) < len(arguments):
         arguments = tuple(slot.names[0] for slot in kind.slots)
     function: dict[str, Any] = {"name": name}
-    if rng.random() < 0.8:
+    described = rng.random()
+    if described < 0.75:
         function["description"] = kind.description
-    function["parameters"] = _parameters(kind, arguments, described=rng.random() < 0.3)
+    elif described < 0.88:
+        # vLLM writes out what the client left out.
+        function["description"] = None
+    function["parameters"] = _parameters(kind, arguments, described=rng.random() < 0.2)
     if rng.random() < 0.1:
         function["strict"] = rng.random() < 0.5
     return DeclaredTool(kind, name, arguments, {"type": "function", "function": function})
@@ -53,7 +57,7 @@ def declare(rng: random.Random, kind: ToolKind) -> DeclaredTool:
 
 def declare_some(rng: random.Random) -> list[DeclaredTool]:
     """One to three different tools in random order."""
-    kinds = rng.sample(POOL, rng.choice((1, 1, 2, 2, 3)))
+    kinds = rng.sample(POOL, rng.choice((1, 1, 1, 2, 2, 3)))
     declared = [declare(rng, kind) for kind in kinds]
     if len({tool.name for tool in declared}) < len(declared):
         return declare_some(rng)

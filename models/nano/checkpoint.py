@@ -100,5 +100,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> NanoMo
         else:
             state[name] = tensors[full.replace(BIAS_SUFFIX, "gate." + BIAS_SUFFIX)]
         state[name] = state[name].to(value.dtype)
+    if not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
+        raise ValueError(f"{folder}: lm_head and embedding differ, but training ties them")
     model.load_state_dict(state)
     return model

@@ -43,7 +43,7 @@ def _prefill(
         cache.keys[rows, plan.positions] = k
         cache.values[rows, plan.positions] = v
         x = x + block.self_attn.mix(q, k, v, plan)
-        x = x + block.mlp(block.post_attention_layernorm(x, model.dtype))
+        x = block.feed_forward(x, model.dtype)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
     return _next(model, x[last])
 
@@ -68,7 +68,7 @@ def _decode(model: NanoModel, tokens: Tensor, positions: Tensor, caches: list[_C
         weights = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1).to(model.dtype)
         mixed = torch.einsum("bhl,blhd->bhd", weights, values)
         x = x + block.self_attn.o_proj(mixed.flatten(1))
-        x = x + block.mlp(block.post_attention_layernorm(x, model.dtype))
+        x = block.feed_forward(x, model.dtype)
     return _next(model, x)
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
+import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import register_model_loader
@@ -20,6 +17,7 @@ from vllm.platforms import current_platform
 from routing.vllm_plugin import runtime
 from routing.vllm_plugin.checks import moe_runners, refuse_checkpoint, refuse_engine
 from routing.vllm_plugin.cpu_router import CpuRouter
+from routing.vllm_plugin.dense_reader import dense_tensors, tensor_names
 from routing.vllm_plugin.exceptions import PluginSettingsError
 from routing.vllm_plugin.settings import BLOCK, LOAD_FORMAT, PluginSettings
 
@@ -35,14 +33,13 @@ class DenseModelLoader(DefaultModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: LoadConfig) -> None:
         if load_config.model_loader_extra_config:
             raise PluginSettingsError(f"load_format {LOAD_FORMAT!r} takes no extra config")
-        if load_config.safetensors_load_strategy not in (None, "lazy"):
+        if load_config.safetensors_load_strategy is not None:
             raise PluginSettingsError(
-                f"load_format {LOAD_FORMAT!r} reads lazily; leave safetensors_load_strategy unset"
+                f"load_format {LOAD_FORMAT!r} has one way to read; unset safetensors_load_strategy"
             )
-        # The parent knows formats by name. Lazy also where it would prefetch whole files (NFS).
+        # The parent knows formats by name.
         plain = copy.copy(load_config)
         plain.load_format = "safetensors"
-        plain.safetensors_load_strategy = "lazy"
         super().__init__(plain)
         self._architecture = "model"
 
@@ -77,23 +74,17 @@ class DenseModelLoader(DefaultModelLoader):  # type: ignore[misc]
         logger.info("Experts of %d MoE layers are served by shards", len(runners))
         return model
 
-    def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool]:
-        prepared: tuple[str, list[str], bool] = super()._prepare_weights(*args, **kwargs)
-        folder, files, _ = prepared
-        refuse_checkpoint(self._architecture, _tensor_names(Path(folder), files))
-        return prepared
-
-    def _init_ep_weight_filter(self, model_config: ModelConfig) -> None:
-        # vLLM's own filter for expert parallel ranks: tensors of experts outside this set are
-        # skipped by name, before their bytes are touched.
-        self.local_expert_ids: set[int] | None = set()
-
-
-def _tensor_names(folder: Path, files: list[str]) -> Iterator[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        yield from json.loads(index.read_text())["weight_map"]
-        return
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            yield from tensors.keys()
+    def _get_weights_iterator(
+        self, source: DefaultModelLoader.Source
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        _, files, _ = self._prepare_weights(
+            source.model_or_path,
+            source.subfolder,
+            source.revision,
+            source.fall_back_to_pt,
+            source.allow_patterns_overrides,
+        )
+        refuse_checkpoint(self._architecture, tensor_names(files))
+        # The parent logs how long the reading took.
+        self.counter_before_loading_weights = time.perf_counter()
+        return ((source.prefix + name, tensor) for name, tensor in dense_tensors(sorted(files)))

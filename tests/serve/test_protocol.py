@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from tests.serve.conftest import Server
 
@@ -110,6 +111,9 @@ def test_usage_is_right_streamed_and_not(client: openai.OpenAI) -> None:
     assert whole.completion_tokens == len(with_ids.choices[0].token_ids)  # type: ignore[attr-defined]
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="vLLM caches no prefixes of MLA without AMX"
+)
 def test_a_repeated_prompt_is_found_in_the_prefix_cache(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Repeat: " + "one two three four five " * 40}]
     for _ in range(2):

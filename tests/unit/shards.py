@@ -140,6 +140,12 @@ class Shards:
         self.dispatcher = Dispatcher(settings, self.tables, self.state)
         return self.dispatcher
 
+    def settled(self) -> dict[str, DataPlaneServer]:
+        """The servers, once they have counted what they answered."""
+        for server in self.servers.values():
+            wait_until(lambda s=server: s._in_flight == 0, "counting")
+        return self.servers
+
     def close(self) -> None:
         if self.dispatcher is not None:
             self.dispatcher.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def single_rank(checkpoint: Path) -> Iterator[Any]:
     ("arguments", "reason"),
     [
         ({"has_bias": True}, "its experts have a bias"),
-        ({"activation": "relu2_no_mul"}, "activation is 'relu2_no_mul', not a gated one of"),
+        ({"activation": "relu2"}, "activation is 'relu2', not a gated one of"),
         ({"activation": "swigluoai"}, "activation is 'swigluoai', not a gated one of"),
         ({"swiglu_limit": 7.0}, "clamp or scale the gate"),
         ({"apply_router_weight_on_input": True}, "applies the router's weight to the experts'"),
@@ -136,17 +135,17 @@ def test_layers_whose_arithmetic_shards_lack_are_refused(
 def test_an_engine_on_a_fused_checkpoint_does_not_start_and_says_why(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shards = Shards(checkpoint, tmp_path)
     fused = tmp_path / "fused"
     fused.mkdir()
     for file in checkpoint.iterdir():
         (fused / file.name).write_bytes(file.read_bytes())
-    index_file = fused / "model.safetensors.index.json"
-    index = json.loads(index_file.read_text())
-    index["weight_map"]["model.layers.1.mlp.experts.gate_up_proj"] = (
-        "model-00001-of-00002.safetensors"
-    )
-    index_file.write_text(json.dumps(index))
+    # Names of one length, so that the header keeps its own.
+    target = fused / "model-00001-of-00002.safetensors"
+    name = b"layers.1.mlp.experts.0.down_proj.weight"
+    fused_name = b"layers.1.mlp.experts.down_projs.weights"
+    assert len(name) == len(fused_name)
+    target.write_bytes(target.read_bytes().replace(name, fused_name, 1))
+    shards = Shards(checkpoint, tmp_path)
     try:
         with pytest.raises(RuntimeError), running_engine(fused, shards.settings()):
             pass
@@ -155,5 +154,5 @@ def test_an_engine_on_a_fused_checkpoint_does_not_start_and_says_why(
     printed = capfd.readouterr()
     assert (
         "DeepseekV3ForCausalLM: remote experts need one tensor per expert, but the checkpoint has "
-        "fused ones (model.layers.1.mlp.experts.gate_up_proj)"
+        "fused ones (model.layers.1.mlp.experts.down_projs.weights)"
     ) in printed.out + printed.err

@@ -122,6 +122,7 @@ def test_rows_come_back_summed_and_counted(server: tuple[DataPlaneServer, int]) 
         rows = decode_reply(*connection.receive(deadline_after(10)))
         expected = dense_reference(random_experts(EXPERTS), 1, x, ids, weights)
         assert relative_error(rows, expected) < 1e-5
+    wait_until(lambda: server[0].stats().requests == 2, "the count")
     stats = server[0].stats()
     assert (stats.requests, stats.rows, stats.errors, stats.connections) == (2, 8, 0, 1)
     assert (stats.layers, stats.experts) == ((1, 2), EXPERTS)
@@ -153,7 +154,7 @@ def test_what_is_not_held_is_refused_and_the_connection_goes_on(
     assert _error(connection)[0] is code
     _send(connection, *_case())
     assert connection.receive(deadline_after(10))[0].kind is FrameKind.REPLY
-    assert server[0].stats().errors == 1
+    wait_until(lambda: server[0].stats().errors == 1, "the count")
     connection.close()
 
 
@@ -202,7 +203,7 @@ def test_requests_that_wait_for_the_kernel_are_seen(
     for connection in connections:
         assert connection.receive(deadline_after(10))[0].kind is FrameKind.REPLY
         connection.close()
-    assert server[0].stats().queued == 0
+    wait_until(lambda: server[0].stats().queued == 0, "the end of the queue")
 
 
 def test_a_client_that_hangs_up_in_the_middle_costs_nothing(

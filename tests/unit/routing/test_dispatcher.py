@@ -118,7 +118,7 @@ def test_a_row_crosses_once_per_shard(tmp_path: Path) -> None:
         x, _, _ = random_routing(3, 4, 2)
         ids = torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1], [2, 3, -1, -1]])
         _run(made, 1, x, ids, torch.ones(3, 4))
-        rows = {name: server.stats().rows for name, server in made.servers.items()}
+        rows = {name: server.stats().rows for name, server in made.settled().items()}
         assert rows == {"shard-0": 2, "shard-1": 2}
 
 
@@ -129,9 +129,9 @@ def test_more_rows_than_a_frame_holds_go_in_waves(
     expected = dense_reference(random_experts(range(NUM_EXPERTS)), 1, x, ids, weights)
     steps = cluster.state.get("steps")
     monkeypatch.setattr("routing.dispatcher.max_rows_per_frame", lambda hidden, topk: 4)
-    before = {name: s.stats().requests for name, s in cluster.servers.items()}
+    before = {name: s.stats().requests for name, s in cluster.settled().items()}
     assert relative_error(_run(cluster, 1, x, ids, weights), expected) < 1e-5
-    after = {name: s.stats().requests for name, s in cluster.servers.items()}
+    after = {name: s.stats().requests for name, s in cluster.settled().items()}
     assert max(after[name] - before[name] for name in after) == 7
     assert cluster.state.get("steps") == steps + 1
 
@@ -151,7 +151,7 @@ def test_counters_see_what_is_counted_and_only_that(tmp_path: Path) -> None:
         counted = made.state.snapshot()
         assert (counted["steps"], counted["rows"], counted["poison"]) == (1, 3, 0)
         row_bytes = HIDDEN * x.dtype.itemsize
-        stats = [server.stats() for server in made.servers.values()]
+        stats = [server.stats() for server in made.settled().values()]
         assert counted["bytes_received"] * 2 == sum(s.rows for s in stats) * row_bytes
         assert counted["bytes_sent"] * 2 >= sum(s.bytes_received for s in stats)
         assert all(counted[name] > 0 for name in ("dispatch_ns", "wait_ns", "combine_ns"))

@@ -19,6 +19,7 @@ from routing.tcp import TcpConnection
 from routing.transport import deadline_after
 from routing.wire import FrameHeader, FrameKind
 from tests.unit.shards import (
+    HIDDEN,
     Shards,
     dense_reference,
     random_experts,
@@ -222,37 +223,39 @@ def test_a_wrong_token_is_poison_after_the_recovery_time(
         assert "refused this side's token" in caplog.text
 
 
-def _answer_with(change: Callable[[FrameHeader], FrameHeader], body: bytes) -> Listener:
-    """A shard that holds the token and answers nonsense."""
+def _liar(change: Callable[[FrameHeader], FrameHeader]) -> Listener:
+    """A shard that holds the token and answers zeros of the right shape, but for one change."""
 
     def serve(connection: TcpConnection) -> None:
         while True:
-            header, _ = connection.receive(None)
-            connection.send([change(header).to_bytes(), body], deadline_after(5))
+            asked, _ = connection.receive(None)
+            size = asked.rows * HIDDEN * 4
+            right = asked._replace(kind=FrameKind.REPLY, topk=0, dtype_code=3, body_bytes=size)
+            header = change(right)
+            body = bytes(min(header.body_bytes, 2**20))
+            connection.send([header.to_bytes(), body], deadline_after(5))
 
     return Listener("liar", "127.0.0.1", 0, None, "liar", serve)
 
 
-_REPLY = FrameHeader(FrameKind.REPLY, dtype_code=3, rows=1, extra=64, body_bytes=256)
-
-
 @pytest.mark.parametrize(
-    ("change", "body"),
+    "change",
     [
-        (lambda h: _REPLY._replace(sequence=h.sequence + 1), bytes(256)),
-        (lambda h: _REPLY._replace(sequence=h.sequence), bytes(256)),
-        (lambda h: _REPLY._replace(sequence=h.sequence, extra=63), bytes(256)),
-        (lambda h: _REPLY._replace(sequence=h.sequence, dtype_code=9), bytes(256)),
-        (lambda h: h._replace(body_bytes=0), b""),
-        (lambda h: FrameHeader(FrameKind.ACK, sequence=h.sequence), b""),
-        (lambda h: h._replace(body_bytes=2**31), b""),
+        lambda h: h._replace(sequence=h.sequence + 1),
+        lambda h: h._replace(rows=h.rows - 1, body_bytes=h.body_bytes - HIDDEN * 4),
+        lambda h: h._replace(rows=2 * h.rows, extra=HIDDEN // 2),
+        lambda h: h._replace(dtype_code=1),
+        lambda h: h._replace(dtype_code=9),
+        lambda h: h._replace(kind=FrameKind.REQUEST),
+        lambda h: h._replace(kind=FrameKind.ACK),
+        lambda h: h._replace(body_bytes=2**31),
     ],
-    ids=["sequence", "rows", "hidden", "dtype", "echo", "kind", "size"],
+    ids=["sequence", "rows", "hidden", "dtype", "unknown dtype", "request", "ack", "size"],
 )
 def test_an_answer_that_does_not_fit_is_not_summed(
-    made: Shards, change: Callable[[FrameHeader], FrameHeader], body: bytes
+    made: Shards, change: Callable[[FrameHeader], FrameHeader]
 ) -> None:
-    liar = _answer_with(change, body)
+    liar = _liar(change)
     endpoint = ShardEndpoint("shard-1", "127.0.0.1", liar.start(), "liar")
     made.connect(recovery_timeout_s=0.4)
     made.tables.publish(made.table({**made.endpoints, "shard-1": endpoint}))

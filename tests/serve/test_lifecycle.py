@@ -1,0 +1,133 @@
+"""`moonshard serve` from the first check to the last process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import REPO_ROOT
+from tests.serve.command import MOONSHARD, Command, nano_config, running
+from tests.serve.conftest import free_port
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
+
+START_S = 300.0
+STOP_S = 60.0
+
+
+def refused(config: Path) -> str:
+    """What `moonshard serve` says on stderr about a config that it does not start."""
+    done = subprocess.run([MOONSHARD, "serve", config], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def lacking_experts(folder: Path) -> Path:
+    """The shipped checkpoint with two tensors taken out of its index."""
+    copy = folder / "lacking"
+    shutil.copytree(REPO_ROOT / "models" / "kimi-nano", copy)
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for name in [n for n in content["weight_map"] if "layers.2.mlp.experts.7." in n][:2]:
+        del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"shards": {"cuont": 2}}, "unknown key; did you mean 'count'?"),
+        ({"model": {"path": "/nowhere"}}, "there is no checkpoint folder /nowhere"),
+        ({"shards": {"count": 33}}, "33 shards for 32 experts"),
+        ({"dispatch": {"recovery_timeout_s": 400}}, "must stay below 300"),
+    ],
+)
+def test_a_config_that_cannot_work_is_one_line(
+    tmp_path: Path, args: dict[str, dict[str, Any]], expected: str
+) -> None:
+    assert expected in refused(nano_config(tmp_path, free_port(), args))
+
+
+def test_a_checkpoint_that_lacks_experts_is_one_line(tmp_path: Path) -> None:
+    model = {"model": {"path": str(lacking_experts(tmp_path))}}
+    message = refused(nano_config(tmp_path, free_port(), model))
+    assert "layer 2 expert 7" in message
+
+
+def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in refused(nano_config(tmp_path, port))
+
+
+def start(folder: Path, args: dict[str, dict[str, Any]] | None = None) -> tuple[Path, Path]:
+    return nano_config(folder, free_port(), args), folder / "serve.log"
+
+
+def test_a_node_that_is_too_small_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with running(*start(tmp_path, {"shards": {"num_cpus": 64}})) as command:
+        assert command.process.wait(120) == 2
+        last = command.output.strip().splitlines()[-1]
+        assert "no node has room for a shard (of 2): it wants 64 CPU" in last
+        assert not command.left_running(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, number: int) -> None:
+    with running(*start(tmp_path)) as command:
+        command.await_output("loading the experts", START_S)
+        assert command.end(number, STOP_S) == 128 + number
+        assert not command.left_running(10)
+
+
+def ask(port: int) -> int:
+    body = {
+        "model": "kimi-nano",
+        "messages": [{"role": "user", "content": "What is 12 + 7?"}],
+        "max_tokens": 4,
+    }
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    return httpx.post(url, json=body, timeout=60).status_code
+
+
+def piped_chat(port: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [MOONSHARD, "chat", "--url", f"http://127.0.0.1:{port}"],
+        input="What is 12 + 7?",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.slow
+def test_serving_ends_without_a_trace_and_starts_again_at_once(tmp_path: Path) -> None:
+    port = free_port()
+    config, log = nano_config(tmp_path, port), tmp_path / "serve.log"
+    with running(config, log) as command:
+        command.await_output("ready in", START_S)
+        assert ask(port) == httpx.codes.OK
+        assert piped_chat(port).stdout.strip()
+        assert command.end(signal.SIGINT, STOP_S) == 0
+        assert not command.left_running(10)
+    with running(config, log) as command:
+        command.await_output("ready in", START_S)
+        assert ask(port) == httpx.codes.OK
+        check_kill(command)
+
+
+def check_kill(command: Command) -> None:
+    """Killed, it cannot clean up; yet its processes follow it by themselves."""
+    command.end(signal.SIGKILL)
+    assert not command.left_running(60)
