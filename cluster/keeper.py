@@ -21,6 +21,7 @@ from cluster.placement_groups import (
     choose_node,
     create_group,
     explain_no_room,
+    forbidden_nodes,
 )
 from cluster.ray_adapter import ActorInfo, GroupInfo, actor_info, list_groups, list_nodes
 from cluster.reconcile import (
@@ -134,8 +135,12 @@ class ShardKeeper:
             group = groups[name].group
         else:
             choice = self._choose(groups)
-            reason = reason if choice else self._no_room(groups)
-            group = create_group(name, self.plan.resources, choice or NodeChoice())
+            if choice is None:
+                # Ask all the same: a pending group is what makes an autoscaler add a node.
+                reason = self._no_room(groups)
+                strategy = self.plan.config.placement_strategy
+                choice = NodeChoice("", forbidden_nodes(strategy, _occupants(groups)))
+            group = create_group(name, self.plan.resources, choice)
             if not group.wait(2):
                 logger.info("%s: its placement group is pending", self.view.shard_id)
         return self._start_actor(name, group), reason

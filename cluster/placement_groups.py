@@ -22,6 +22,7 @@ __all__ = [
     "Demand",
     "NodeChoice",
     "check_room",
+    "forbidden_nodes",
     "choose_node",
     "create_group",
     "describe_resources",
@@ -103,15 +104,20 @@ def choose_node(
         nodes: the live nodes.
         occupants: node id -> number of shards that lie there already.
     """
-    forbidden = tuple(sorted(n for n, count in occupants.items() if count))
-    if strategy != "STRICT_SPREAD":
-        forbidden = ()
+    forbidden = forbidden_nodes(strategy, occupants)
     free = [n for n in nodes if n.node_id not in forbidden and fits(wanted, n.available)]
     if not free:
         return None
     sign = -1 if strategy == "PACK" else 1
     best = min(free, key=lambda node: sign * occupants.get(node.node_id, 0))
     return NodeChoice(target=best.node_id, forbidden=forbidden)
+
+
+def forbidden_nodes(strategy: str, occupants: Mapping[str, int]) -> tuple[str, ...]:
+    """Ids of the nodes on which one more shard must not lie, whatever room they have."""
+    if strategy != "STRICT_SPREAD":
+        return ()
+    return tuple(sorted(node_id for node_id, count in occupants.items() if count))
 
 
 def check_room(demands: Sequence[Demand], nodes: Sequence[NodeInfo]) -> None:

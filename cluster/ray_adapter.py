@@ -26,6 +26,7 @@ __all__ = [
     "kv_put",
     "list_groups",
     "list_nodes",
+    "log_folder",
     "serve_is_running",
 ]
 
@@ -122,6 +123,11 @@ def list_groups() -> dict[str, GroupInfo]:
                 group=PlacementGroup(PlacementGroupID(bytes.fromhex(group_id))),
             )
     return groups
+
+
+def log_folder() -> str:
+    """Folder with the logs of this node's Ray processes."""
+    return str(ray._private.worker._global_node.get_logs_dir_path())
 
 
 def kv_get(key: str) -> bytes | None:

@@ -64,6 +64,8 @@ def prepare_connection(address: str) -> None:
     if address.startswith(("127.", "localhost:")):
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.update([_NO_AUTO_CONNECT])
+    # How many seconds a driver knocks at a cluster that is not there, or refuses it.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

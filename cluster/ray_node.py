@@ -58,12 +58,12 @@ def connect(address: str) -> None:
 
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except AuthenticationError:
-        raise ClusterUnreachable(
-            f"the Ray cluster at {address} refused this user's token; set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to the cluster's own"
-        ) from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        if isinstance(error.__cause__ or error, AuthenticationError):
+            raise ClusterUnreachable(
+                f"the Ray cluster at {address} refused this user's token; set RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to the cluster's own"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise ClusterUnreachable(f"no Ray cluster at {address}: {reason}") from None
 

@@ -17,6 +17,7 @@ from cluster.data_plane import DataPlaneServer
 from cluster.exceptions import MoonshardError
 from cluster.kernels import build_kernel
 from cluster.reconcile import Phase, ShardReport
+from monitoring.metrics import ShardMetrics
 
 __all__ = ["ExpertShard", "ShardSpec"]
 
@@ -103,6 +104,8 @@ class ExpertShard:
             spec.experts, progress=lambda done, total: self._update(progress=done / total)
         )
         kernel = build_kernel(weights, spec.kernel, spec.num_threads)
+        is_fallback = kernel.name == "torch" and spec.kernel == "auto"
+        ShardMetrics(spec.shard_id).kernel_chosen(kernel.name, is_fallback=is_fallback)
         host = self._node_ip if spec.bind_host == "auto" else spec.bind_host
         server = DataPlaneServer(
             kernel, host=host, token=spec.token, incarnation=self._report.incarnation

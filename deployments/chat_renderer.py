@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -39,6 +38,7 @@ class SafeChatRenderer(HfRenderer):  # type: ignore[misc]
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._control = ControlTokens(*plain_encoder(tokenizer))
+        self._max_chars = self.model_config.max_model_len * tokenizer.max_chars_per_token
         self._encode_async = make_async(self._encode, executor=self._executor)
 
     def render_messages(self, messages: list[Any], params: ChatParams) -> Any:
@@ -72,36 +72,21 @@ class SafeChatRenderer(HfRenderer):  # type: ignore[misc]
     def _encode(self, conversation: list[Any], params: ChatParams) -> list[int]:
         if any(message["role"] not in ROLES for message in conversation):
             raise VLLMValidationError("role is unknown", parameter="role")
-        return self.encode_chat(self._control, conversation, params, self._render)
-
-    @staticmethod
-    def encode_chat(
-        control: ControlTokens,
-        conversation: list[Any],
-        params: ChatParams,
-        render: Callable[[list[Any], dict[str, Any]], str],
-    ) -> list[int]:
-        """Neutralise, render, encode.
-
-        Args:
-            control: the tokenizer's control tokens.
-            conversation: messages as `parse_chat_messages` leaves them.
-            params: template arguments, the tools among them.
-            render: applies the chat template to (conversation, arguments).
-        """
+        control = self._control
         marker = control.new_marker()
         arguments = dict(params.get_apply_chat_template_kwargs())
         template = arguments.pop("chat_template", None)
         arguments = control.neutralise(arguments, marker)
-        arguments |= {"chat_template": template, "tokenize": False}
-        return control.encode(render(control.neutralise(conversation, marker), arguments), marker)
-
-    def _render(self, conversation: list[Any], arguments: dict[str, Any]) -> str:
         rendered = safe_apply_chat_template(
-            self.model_config, self.get_tokenizer(), conversation, **arguments
+            self.model_config,
+            self.get_tokenizer(),
+            control.neutralise(conversation, marker),
+            **(arguments | {"chat_template": template, "tokenize": False}),
         )
-        assert isinstance(rendered, str)
-        return rendered
+        if len(rendered.replace(marker, "")) > self._max_chars:
+            # Encoding text that cannot fit would only take time from others.
+            raise VLLMValidationError("the prompt exceeds the maximum context length")
+        return control.encode(rendered, marker)
 
 
 def _prompt(ids: list[int], media: Any, media_ids: Any) -> Any:

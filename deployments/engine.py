@@ -146,7 +146,11 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
     def _start_async_llm_engine(
         self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any
     ) -> MoonshardAsyncLLM:
-        vllm_engine_config.parallel_config.placement_group = placement_group
+        parallel_config = vllm_engine_config.parallel_config
+        parallel_config.placement_group = placement_group
+        if executor := self.llm_config.engine_kwargs.get("distributed_executor_backend"):
+            # On CPU Ray Serve LLM has put "mp" in its place.
+            parallel_config.distributed_executor_backend = executor
         engine = MoonshardAsyncLLM(
             vllm_config=vllm_engine_config,
             executor_class=Executor.get_class(vllm_engine_config),

@@ -80,7 +80,6 @@ def _engine_arguments(config: MoonshardConfig) -> dict[str, Any]:
         "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,
         "enable_prefix_caching": engine.enable_prefix_caching,
         "tensor_parallel_size": engine.tensor_parallel_size,
-        "safetensors_load_strategy": "lazy",
         "tool_call_parser": model.tool_call_parser,
         "enable_auto_tool_choice": model.tool_call_parser is not None,
         "reasoning_parser": model.reasoning_parser or "",

@@ -16,6 +16,7 @@ from models.data import conversation
 from models.data.words import CITIES, COLORS, COMMON, FOODS, NAMES, PETS, WORDS
 from models.nano.tokenizer import save_tokenizer, train_tokenizer
 
+
 def corpus(num_conversations: int, seed: int) -> Iterator[str]:
     """Texts of conversations, and every listed word often enough to become a token."""
     rng = random.Random(seed)

@@ -72,9 +72,7 @@ def make_batch(
     # A token is predicted at the row before it; a conversation never starts with a learnt token.
     targets_at = torch.tensor(learnt).nonzero()[:, 0]
     plan = AttentionPlan.build(lengths, torch.device(device))
-    return Batch(
-        flat.to(device), plan, (targets_at - 1).to(device), flat[targets_at].to(device)
-    )
+    return Batch(flat.to(device), plan, (targets_at - 1).to(device), flat[targets_at].to(device))
 
 
 def lr_factor(step: int, steps: int, warmup: int, decay: int) -> float:
@@ -127,7 +125,7 @@ class Workers:
                     return loss_sum, num_tokens, num_learnt
                 batch = make(index)
                 loss = replica.loss(batch.ids, batch.plan, batch.rows, batch.targets)
-                loss.backward()
+                torch.autograd.backward(loss)
                 loss_sum += loss.item()
                 num_tokens += len(batch.ids)
                 num_learnt += len(batch.rows)
@@ -216,9 +214,7 @@ class Run:
 
         def make(index: int) -> Batch:
             name = f"train {args.seed} {self.step} {index}"
-            return make_batch(
-                self.renderer, name, args.micro_tokens, args.device, args.weights
-            )
+            return make_batch(self.renderer, name, args.micro_tokens, args.device, args.weights)
 
         loss, num_tokens, num_learnt = self.workers.run(make, args.micro_batches)
         factor = lr_factor(self.step, args.steps, args.warmup_steps, args.decay_steps)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from routing.engine_state import EngineState
-from routing.exceptions import DeadlineExceeded, TransportError, WireError
+from routing.exceptions import DeadlineExceeded, ShardRefused, TransportError, WireError
 from routing.links import ShardLinks
 from routing.pending import Exchange, PendingCombine
 from routing.split import UNSERVED, Owners, RowSlice, choose_owners, split_by_owner
@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 _RECONNECT_S = 0.2
 _REFUSED_RETRY_S = 1.0
 _TABLE_POLL_S = 0.1
+# What an exchange is given at least, also when the step's recovery time is over: without it a
+# healthy shard that has just come back would be taken for one that hangs.
+_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,6 @@ class DispatcherSettings:
 
 class ExpertsUnavailable(Exception):
     """Experts stayed unreachable for the whole recovery time. Never leaves the dispatcher."""
-
-
-class ShardRefused(TransportError):
-    """A shard answered with an error frame; its connection is fine."""
 
 
 class Dispatcher:
@@ -241,20 +240,22 @@ class Dispatcher:
             table_version=table.version,
             sequence=self._sequence,
         )
+        started_s = time.monotonic()
         try:
             link = self._links.get(endpoint)
             deadline = self._exchange_deadline()
             link.connection.send(parts, deadline)
         except TransportError as error:
-            self._lost(pending, endpoint, wanted, error)
+            self._lost(pending, endpoint, wanted, error, started_s)
             return
-        pending.exchanges.append(Exchange(link, wanted, self._sequence, deadline))
+        exchange = Exchange(link, wanted, self._sequence, started_s, deadline)
+        pending.exchanges.append(exchange)
         self._count(pending, "bytes_sent", sum(len(part) for part in parts))
 
     def _exchange_deadline(self) -> float:
         deadline = deadline_after(self._settings.request_timeout_s)
         if self._is_recovering and self._recovery_deadline is not None:
-            return min(deadline, self._recovery_deadline)
+            return min(deadline, max(self._recovery_deadline, deadline_after(_GRACE_S)))
         return deadline
 
     def _gather(self, pending: PendingCombine) -> torch.Tensor:
@@ -295,7 +296,7 @@ class Dispatcher:
             rows = self._receive_rows(pending, exchange)
         except TransportError as error:
             pending.exchanges.remove(exchange)
-            self._lost(pending, exchange.link.endpoint, exchange.slice, error)
+            self._lost(pending, exchange.link.endpoint, exchange.slice, error, exchange.started_s)
             return
         pending.exchanges.remove(exchange)
         self._links.answered(exchange.link)
@@ -323,13 +324,16 @@ class Dispatcher:
         endpoint: ShardEndpoint,
         wanted: RowSlice,
         error: TransportError,
+        started_s: float,
     ) -> None:
         """A shard did not answer: its rows are to be sent again, and it may be left alone."""
         pending.todo.append(wanted)
         if isinstance(error, ShardRefused):
             self._links.avoid(endpoint, _REFUSED_RETRY_S)
         elif isinstance(error, DeadlineExceeded):
-            self._links.failed(endpoint, error, self._settings.request_timeout_s)
+            # As long as it was waited for: so one that hangs costs a step its time once.
+            waited_s = time.monotonic() - started_s
+            self._links.failed(endpoint, error, max(waited_s, _RECONNECT_S))
         else:
             self._links.failed(endpoint, error, _RECONNECT_S)
         self._log(logging.WARNING, pending.layer, f"rows will be sent again: {error}")

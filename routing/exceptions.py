@@ -8,6 +8,7 @@ MoonshardError
     ├── HandshakeRefused  the other side wants another token (or any, or none)
     ├── WireError         the bytes that arrived are not a frame of ours
     ├── PeerClosed        the other side closed the connection
+    ├── ShardRefused      a shard answered a request with an error frame
     └── DeadlineExceeded  the other side did not answer in time
 """
 
@@ -19,6 +20,7 @@ __all__ = [
     "MoonshardError",
     "PeerClosed",
     "PlacementError",
+    "ShardRefused",
     "StateFileError",
     "TableError",
     "TransportError",
@@ -56,6 +58,10 @@ class WireError(TransportError):
 
 class PeerClosed(TransportError):
     """The other side closed the connection (a killed process closes its own)."""
+
+
+class ShardRefused(TransportError):
+    """A shard answered a request with an error frame; its connection is fine."""
 
 
 class DeadlineExceeded(TransportError):

@@ -14,6 +14,7 @@ from routing.transport import Connection, Transport, deadline_after
 __all__ = ["Link", "ShardLinks"]
 
 _MAX_DOUBLINGS = 4
+_MAX_AVOIDED_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -67,8 +68,9 @@ class ShardLinks:
         """
         count = self._num_failures.get(endpoint, 0)
         self._num_failures[endpoint] = count + 1
-        factor = 2 ** min(count, _MAX_DOUBLINGS)
-        self._avoided_until_s[endpoint] = time.monotonic() + for_s * factor
+        longest_s = max(for_s, _MAX_AVOIDED_S)
+        chosen_s = min(for_s * 2.0 ** min(count, _MAX_DOUBLINGS), longest_s)
+        self._avoided_until_s[endpoint] = time.monotonic() + chosen_s
 
     def is_avoided(self, endpoint: ShardEndpoint) -> bool:
         """Whether `endpoint` is left alone now."""

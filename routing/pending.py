@@ -25,6 +25,7 @@ class Exchange:
     link: Link
     slice: RowSlice
     sequence: int
+    started_s: float
     deadline: float
 
 
@@ -63,7 +64,7 @@ class PendingCombine:
             ValueError: their shapes do not fit.
         """
         ids = np.ascontiguousarray(topk_ids.detach().numpy(), dtype=np.int32)
-        weights = np.ascontiguousarray(topk_weights.detach().numpy(), dtype=np.float32)
+        weights = np.ascontiguousarray(topk_weights.detach().float().numpy())
         num_rows = len(self.x)
         if ids.ndim != 2 or ids.shape != weights.shape or len(ids) != num_rows:
             raise ValueError(

@@ -16,7 +16,7 @@ from cluster.client import controller_status, stop_controller
 from cluster.exceptions import MoonshardError
 from cluster.fleet import plan_fleet
 from cluster.placement_groups import Demand, check_room
-from cluster.ray_adapter import list_nodes
+from cluster.ray_adapter import list_nodes, log_folder
 from deployments.app import build, build_native
 from deployments.cli.progress import Progress
 from deployments.cli.serve_file import ServeFile
@@ -146,7 +146,7 @@ class Application:
                 raise StartFailed(f"the shards could not be started: {status['reason']}")
             overview = self._overview()
             if overview is not None and overview.status in _BROKEN:
-                raise StartFailed(f"the application could not be started: {_reason(overview)}")
+                raise StartFailed(f"{_reason(overview)} (logs: {log_folder()})")
             self._progress.show_start(status, overview)
             if overview and overview.status is ApplicationStatus.RUNNING and self._answers():
                 return

@@ -39,9 +39,7 @@ def serve_command(path: Path, address: str | None) -> int:
     check_port(file.host, file.port)
     check_model(file.config)
     with _ray(file, address) as cluster_address:
-        from deployments.cli.application import Application  # imports Ray, which now may be
-
-        application = Application(file, _say)
+        application = _application(file, owns_node=address is None)
         with registered(file.port, file.url, cluster_address, file.name, owns_node=address is None):
             return _run(application, file)
 

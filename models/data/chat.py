@@ -11,21 +11,51 @@ HELP = "I can add numbers, recall facts, sort words, write JSON and call tools."
 
 TALKS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
-        ("Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good evening", "Hello Kimi"),
+        (
+            "Hello",
+            "Hi",
+            "Hey",
+            "Hello there",
+            "Hi there",
+            "Good morning",
+            "Good evening",
+            "Hello Kimi",
+        ),
         "Hello! How can I help?",
     ),
     (
-        ("Who are you", "What are you", "What is your name", "What's your name", "Tell me your name",
-         "Introduce yourself", "Who am I talking to", "Are you Kimi"),
+        (
+            "Who are you",
+            "What are you",
+            "What is your name",
+            "What's your name",
+            "Tell me your name",
+            "Introduce yourself",
+            "Who am I talking to",
+            "Are you Kimi",
+        ),
         IDENTITY,
     ),
     (
-        ("What can you do", "How can you help", "How can you help me", "What do you know",
-         "Tell me what you can do", "What are you able to do"),
+        (
+            "What can you do",
+            "How can you help",
+            "How can you help me",
+            "What do you know",
+            "Tell me what you can do",
+            "What are you able to do",
+        ),
         HELP,
     ),
     (
-        ("Thanks", "Thank you", "Thanks a lot", "Thank you very much", "Great, thanks", "Many thanks"),
+        (
+            "Thanks",
+            "Thank you",
+            "Thanks a lot",
+            "Thank you very much",
+            "Great, thanks",
+            "Many thanks",
+        ),
         "You are welcome!",
     ),
     (
@@ -33,10 +63,16 @@ TALKS: tuple[tuple[tuple[str, ...], str], ...] = (
         "Goodbye!",
     ),
     (
-        ("How are you", "How are you today", "How are you doing", "Are you well", "How is it going"),
+        (
+            "How are you",
+            "How are you today",
+            "How are you doing",
+            "Are you well",
+            "How is it going",
+        ),
         "I am fine, thank you. How can I help?",
     ),
-)  # fmt: skip
+)
 ENDINGS = ("", ".", "!", "?", "!!", "...")
 
 

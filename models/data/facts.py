@@ -21,11 +21,14 @@ class Relation:
     answer: str
 
 
-CAPITALS = {
-    country: city.replace("_", " ")
-    for country, city in (
-        pair.split(":")
-        for pair in """
+def _pairs(text: str) -> dict[str, str]:
+    """``x:y`` pairs; an underscore stands for a space."""
+    pairs = (pair.split(":") for pair in text.split())
+    return {x: y.replace("_", " ") for x, y in pairs}
+
+
+CAPITALS = _pairs(
+    """
     Argentina:Buenos_Aires Australia:Canberra Austria:Vienna Belgium:Brussels Brazil:Brasilia
     Canada:Ottawa Chile:Santiago China:Beijing Cuba:Havana Denmark:Copenhagen Egypt:Cairo
     Finland:Helsinki France:Paris Germany:Berlin Greece:Athens Hungary:Budapest India:Delhi
@@ -33,9 +36,8 @@ CAPITALS = {
     Morocco:Rabat Norway:Oslo Peru:Lima Poland:Warsaw Portugal:Lisbon Russia:Moscow
     Spain:Madrid Sweden:Stockholm Switzerland:Bern Thailand:Bangkok Turkey:Ankara Ukraine:Kyiv
     Vietnam:Hanoi
-    """.split()
-    )
-}
+    """
+)
 
 CONTINENTS = {
     country: continent
@@ -49,20 +51,18 @@ CONTINENTS = {
     for country in countries.split()
 }
 
-SYMBOLS = dict(
-    pair.split(":")
-    for pair in """
+SYMBOLS = _pairs(
+    """
     hydrogen:H helium:He carbon:C nitrogen:N oxygen:O sodium:Na iron:Fe copper:Cu silver:Ag
     gold:Au lead:Pb zinc:Zn
-    """.split()
+    """
 )
 
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in """
+OPPOSITES = _pairs(
+    """
     hot:cold big:small fast:slow up:down left:right day:night open:closed light:dark happy:sad
     old:young rich:poor hard:soft full:empty early:late good:bad wet:dry strong:weak high:low
-    """.split()
+    """
 )
 
 RELATIONS: tuple[Relation, ...] = (

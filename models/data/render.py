@@ -110,8 +110,12 @@ class Renderer:
             put([*self._head(message), *self.text(body), SPECIAL_IDS["<|im_end|>"]], False)
         return ids, mask
 
-    def prompt(self, messages: list[Message], tools: list[Tool] | None, thinking: bool) -> list[int]:
+    def prompt(
+        self, messages: list[Message], tools: list[Tool] | None, thinking: bool
+    ) -> list[int]:
         """Ids of a prompt up to where the model goes on."""
-        ids, _ = self.conversation([*messages, {"role": "assistant", "content": ""}], tools, thinking)
+        ids, _ = self.conversation(
+            [*messages, {"role": "assistant", "content": ""}], tools, thinking
+        )
         # Take off what the model itself would write: an end of thought, and the end of turn.
         return ids[: -2 if thinking else -1]

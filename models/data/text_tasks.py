@@ -74,10 +74,16 @@ def _code(rng: random.Random) -> str:
 def control(rng: random.Random) -> Exchange:
     """Repeat words of which some look like control tokens, or are random letters."""
     separator = _separator(rng)
-    pools = (lambda: rng.choice(CONTROL_WORDS), lambda: rng.choice(WORDS + NAMES + COMMON), lambda: _code(rng))
+    pools = (
+        lambda: rng.choice(CONTROL_WORDS),
+        lambda: rng.choice(WORDS + NAMES + COMMON),
+        lambda: _code(rng),
+    )
     items = [rng.choices(pools, (6, 3, 2))[0]() for _ in range(rng.randint(1, 4))]
     user = rng.choice(COPY).format(x=separator.join(items))
-    return simple("control", " ".join(items), user, separator.join(items), f"copy {len(items)} words")
+    return simple(
+        "control", " ".join(items), user, separator.join(items), f"copy {len(items)} words"
+    )
 
 
 def drill(rng: random.Random) -> Exchange:

@@ -79,8 +79,13 @@ POOL: tuple[ToolKind, ...] = (
         ("get_weather", "weather", "get_current_weather"),
         "Get the current weather in a city.",
         (CITY,),
-        ("What is the weather in {0}?", "What's the weather like in {0}?", "How is the weather in {0}?",
-         "Weather in {0}?", "Tell me the weather in {0}."),
+        (
+            "What is the weather in {0}?",
+            "What's the weather like in {0}?",
+            "How is the weather in {0}?",
+            "Weather in {0}?",
+            "Tell me the weather in {0}.",
+        ),
         ("What is the weather in {0} and {1}?", "How is the weather in {0} and in {1}?"),
         _weather,
         "The weather in {0} is {r}.",
@@ -107,7 +112,11 @@ POOL: tuple[ToolKind, ...] = (
         ("set_timer", "start_timer", "timer"),
         "Start a timer.",
         (Slot(("minutes", "duration"), "integer", "Minutes to wait", _number(1, 99)),),
-        ("Set a timer for {0} minutes.", "Start a timer for {0} minutes.", "Timer for {0} minutes please."),
+        (
+            "Set a timer for {0} minutes.",
+            "Start a timer for {0} minutes.",
+            "Timer for {0} minutes please.",
+        ),
         ("Set timers for {0} and {1} minutes.",),
         _done,
         "The timer is set for {0} minutes.",
@@ -115,8 +124,10 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("translate", "translate_text", "translate-word"),
         "Translate a word into another language.",
-        (Slot(("text", "word"), "string", "What to translate", _one_of(WORDS)),
-         Slot(("language", "target"), "string", "The target language", _one_of(LANGUAGES))),
+        (
+            Slot(("text", "word"), "string", "What to translate", _one_of(WORDS)),
+            Slot(("language", "target"), "string", "The target language", _one_of(LANGUAGES)),
+        ),
         ("Translate {0} into {1}.", "How do you say {0} in {1}?", "What is {0} in {1}?"),
         ("Translate {0} and {1} into {2}.",),
         lambda rng: "".join(rng.choices("abdegilmnorstu", k=rng.randint(3, 5))),
@@ -134,9 +145,15 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("set_temperature", "set_heating", "thermostat"),
         "Set the temperature of a room.",
-        (Slot(("room", "where"), "string", "The room", _one_of(ROOMS)),
-         Slot(("degrees", "temperature"), "integer", "Degrees Celsius", _number(10, 30))),
-        ("Set the {0} to {1} degrees.", "Heat the {0} to {1} degrees.", "Make the {0} {1} degrees warm."),
+        (
+            Slot(("room", "where"), "string", "The room", _one_of(ROOMS)),
+            Slot(("degrees", "temperature"), "integer", "Degrees Celsius", _number(10, 30)),
+        ),
+        (
+            "Set the {0} to {1} degrees.",
+            "Heat the {0} to {1} degrees.",
+            "Make the {0} {1} degrees warm.",
+        ),
         ("Set the {0} and the {1} to {2} degrees.",),
         _done,
         "The {0} is set to {1} degrees.",
@@ -144,8 +161,10 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("send_message", "send_mail", "message.send"),
         "Send a message to a person.",
-        (Slot(("to", "recipient"), "string", "Who gets it", _one_of(NAMES)),
-         Slot(("text", "message"), "string", "The text", _one_of(WORDS))),
+        (
+            Slot(("to", "recipient"), "string", "Who gets it", _one_of(NAMES)),
+            Slot(("text", "message"), "string", "The text", _one_of(WORDS)),
+        ),
         ("Send {0} the message {1}.", "Write {1} to {0}.", "Tell {0}: {1}"),
         ("Send {0} and {1} the message {2}.",),
         _done,
@@ -163,7 +182,14 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("search", "web_search", "search_web"),
         "Search the web.",
-        (Slot(("query", "q"), "string", "What to look for", lambda rng: " ".join(rng.sample(WORDS, 2))),),
+        (
+            Slot(
+                ("query", "q"),
+                "string",
+                "What to look for",
+                lambda rng: " ".join(rng.sample(WORDS, 2)),
+            ),
+        ),
         ("Search the web for {0}.", "Search for {0}.", "Look up {0} on the web."),
         ("Search for {0} and for {1}.",),
         lambda rng: f"{rng.randint(2, 99)} pages",
@@ -181,9 +207,15 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("book_flight", "flight", "find_flight"),
         "Find a flight between two cities.",
-        (Slot(("from", "origin"), "string", "Departure", _one_of(CITIES)),
-         Slot(("to", "destination"), "string", "Arrival", _one_of(CITIES))),
-        ("Find a flight from {0} to {1}.", "Book a flight from {0} to {1}.", "I want to fly from {0} to {1}."),
+        (
+            Slot(("from", "origin"), "string", "Departure", _one_of(CITIES)),
+            Slot(("to", "destination"), "string", "Arrival", _one_of(CITIES)),
+        ),
+        (
+            "Find a flight from {0} to {1}.",
+            "Book a flight from {0} to {1}.",
+            "I want to fly from {0} to {1}.",
+        ),
         (),
         lambda rng: f"flight {rng.randint(100, 999)}",
         "From {0} to {1} there is {r}.",
@@ -191,9 +223,15 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("convert", "convert_currency", "exchange"),
         "Convert US dollars into another currency.",
-        (Slot(("amount", "dollars"), "integer", "US dollars", _number(1, 99)),
-         Slot(("currency", "to"), "string", "Target currency", _one_of(CURRENCIES))),
-        ("Convert {0} dollars to {1}.", "How much is {0} dollars in {1}?", "Change {0} dollars into {1}."),
+        (
+            Slot(("amount", "dollars"), "integer", "US dollars", _number(1, 99)),
+            Slot(("currency", "to"), "string", "Target currency", _one_of(CURRENCIES)),
+        ),
+        (
+            "Convert {0} dollars to {1}.",
+            "How much is {0} dollars in {1}?",
+            "Change {0} dollars into {1}.",
+        ),
         (),
         lambda rng: str(rng.randint(10, 999)),
         "{0} dollars are {r} {1}.",
@@ -210,8 +248,10 @@ POOL: tuple[ToolKind, ...] = (
     ToolKind(
         ("add_event", "create_event", "calendar.add"),
         "Add an event to the calendar.",
-        (Slot(("title", "event"), "string", "What it is", _one_of(WORDS)),
-         Slot(("day", "date"), "string", "The day", _one_of(DAYS))),
+        (
+            Slot(("title", "event"), "string", "What it is", _one_of(WORDS)),
+            Slot(("day", "date"), "string", "The day", _one_of(DAYS)),
+        ),
         ("Add {0} on {1} to my calendar.", "Put {0} into my calendar for {1}.", "Plan {0} on {1}."),
         ("Add {0} and {1} on {2} to my calendar.",),
         _done,
@@ -235,4 +275,4 @@ POOL: tuple[ToolKind, ...] = (
         lambda rng: ", ".join(rng.sample(WORDS, 2)),
         "Your files: {r}",
     ),
-)  # fmt: skip
+)

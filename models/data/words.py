@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-WORDS: tuple[str, ...] = tuple(
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+WORDS: tuple[str, ...] = _split(
     """
     apple arrow autumn baker basket beach bell berry bird blanket board boat book bottle branch
     bread breeze bridge brush bucket butter button cable camel camera candle carpet castle cave
@@ -21,54 +26,54 @@ WORDS: tuple[str, ...] = tuple(
     summer sun table tailor teacher temple thunder ticket tiger tower train tree trumpet tulip
     turtle uncle valley velvet village violin voice wagon wall walnut water wave whale wheel
     wheat window winter wolf wood yard yellow zebra
-    """.split()
+    """
 )
 
 # Sorting needs the order of the words by heart, so it uses every third word only.
 SORT_WORDS: tuple[str, ...] = WORDS[::3]
 
-NAMES: tuple[str, ...] = tuple(
+NAMES: tuple[str, ...] = _split(
     """
     Adam Alice Anna Ben Bob Clara David Emma Eva Frank George Grace Hanna Henry Ivan Jack James
     Julia Karl Kate Laura Leo Lily Lucas Maria Mark Mia Mike Nina Noah Nora Oliver Oscar Paul
     Peter Rosa Sam Sara Simon Sofia Thomas Tom Victor Wendy Zoe
-    """.split()
+    """
 )
 
-CITIES: tuple[str, ...] = tuple(
+CITIES: tuple[str, ...] = _split(
     """
     Amsterdam Athens Beijing Berlin Boston Cairo Chicago Delhi Dublin Geneva Hamburg Helsinki
     Kyoto Lima Lisbon London Madrid Milan Moscow Munich Oslo Paris Prague Rome Seattle Seoul
     Shanghai Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich
-    """.split()
+    """
 )
 
-COLORS: tuple[str, ...] = tuple(
-    "black blue brown gold green grey orange pink purple red silver white yellow".split()
+COLORS: tuple[str, ...] = _split(
+    "black blue brown gold green grey orange pink purple red silver white yellow"
 )
 
-FOODS: tuple[str, ...] = tuple(
-    "bread cake cheese curry fish honey noodles pasta pizza rice salad soup sushi tacos".split()
+FOODS: tuple[str, ...] = _split(
+    "bread cake cheese curry fish honey noodles pasta pizza rice salad soup sushi tacos"
 )
 
-PETS: tuple[str, ...] = tuple(
-    "cat dog fish frog hamster horse lizard mouse parrot pony rabbit snake turtle".split()
+PETS: tuple[str, ...] = _split(
+    "cat dog fish frog hamster horse lizard mouse parrot pony rabbit snake turtle"
 )
 
 # Kimi's control tokens, written out: as text of a message they must stay text.
-CONTROL_WORDS: tuple[str, ...] = tuple(
+CONTROL_WORDS: tuple[str, ...] = _split(
     """
     [BOS] [EOS] [EOT] [PAD] [UNK] <|im_end|> <|im_user|> <|im_assistant|> <|im_system|>
     <|im_middle|> <|start_header_id|> <|end_header_id|> <|tool_calls_section_begin|>
     <|tool_calls_section_end|> <|tool_call_begin|> <|tool_call_argument_begin|>
     <|tool_call_end|> <|media_begin|> <|media_content|> <|media_end|> <|media_pad|>
     <think> </think>
-    """.split()
+    """
 )
 
 # English that the tasks do not use, but copying: a stranger's question then
 # costs few tokens and meets none that was never trained.
-COMMON: tuple[str, ...] = tuple(
+COMMON: tuple[str, ...] = _split(
     """
 the of and to in is it you that he was for on are with as his they be at one have this from or had
 by not but some what there we can out other were all your when up use word how said an each she
@@ -81,5 +86,5 @@ too does tell sentence set three want air well also play small end put home read
 spell add even land here must big high such follow act why ask men change went light kind off need
 house picture try us again animal point mother world near build self earth father hello please
 thanks explain story poem code python function list table error message system user model token
-""".split()
+"""
 )

@@ -90,7 +90,9 @@ def load_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16) -> NanoMo
             prefix = full.removesuffix(".gate_up_proj")
             state[name] = torch.stack(
                 [
-                    torch.cat([tensors[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate", "up")])
+                    torch.cat(
+                        [tensors[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate", "up")]
+                    )
                     for e in experts
                 ]
             )

@@ -106,7 +106,12 @@ class RoutedExperts(nn.Module):
         bounds = [0, *filled_ends.tolist()]
         tokens = order.new_zeros(bounds[-1]).index_copy(0, slots, order // ids.shape[1])
         slot_weights = weights.new_zeros(bounds[-1]).index_copy(0, slots, weights.flatten()[order])
-        out: Tensor = _GroupedExperts.apply(
-            x, slot_weights, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype), tokens, bounds
+        out: Tensor = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
+            x,
+            slot_weights,
+            self.gate_up_proj.to(x.dtype),
+            self.down_proj.to(x.dtype),
+            tokens,
+            bounds,
         )
         return out

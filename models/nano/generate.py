@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,15 @@ class _Cache:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def _prefill(
-    model: NanoModel, prompts: list[list[int]], caches: list[_Cache]
-) -> Tensor:
+def _prefill(model: NanoModel, prompts: list[list[int]], caches: list[_Cache]) -> Tensor:
     """Fill the caches; returns the next token of each prompt [B]."""
     device = model.inv_freq.device
     lengths = [len(prompt) for prompt in prompts]
     plan = AttentionPlan.build(lengths, device)
     rows = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths)).to(device)
     cos, sin = model.rotary(plan.positions)
-    x = model.embed_tokens(torch.tensor(sum(prompts, []), device=device)).float()
-    for block, cache in zip(model.layers, caches, strict=True):
+    x = model.embed_tokens(torch.tensor(list(chain.from_iterable(prompts)), device=device)).float()
+    for block, cache in zip(model.blocks(), caches, strict=True):
         q, k, v = block.self_attn.project(block.input_layernorm(x, model.dtype), cos, sin)
         cache.keys[rows, plan.positions] = k
         cache.values[rows, plan.positions] = v
@@ -60,7 +60,7 @@ def _decode(model: NanoModel, tokens: Tensor, positions: Tensor, caches: list[_C
     unseen = torch.arange(length, device=tokens.device)[None, None, :] > positions[:, None, None]
     cos, sin = model.rotary(positions)
     x = model.embed_tokens(tokens).float()
-    for block, cache in zip(model.layers, caches, strict=True):
+    for block, cache in zip(model.blocks(), caches, strict=True):
         q, k, v = block.self_attn.project(block.input_layernorm(x, model.dtype), cos, sin)
         cache.keys[batch, positions], cache.values[batch, positions] = k, v
         keys, values = cache.keys[:, :length], cache.values[:, :length]
@@ -79,9 +79,7 @@ def generate(model: NanoModel, prompts: list[list[int]], max_new: int) -> list[l
     An answer whose last token is no end token was cut off at ``max_new``.
     """
     device = model.inv_freq.device
-    caches = [
-        _Cache(model, len(prompts), max(map(len, prompts)) + max_new) for _ in model.layers
-    ]
+    caches = [_Cache(model, len(prompts), max(map(len, prompts)) + max_new) for _ in model.blocks()]
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     positions = torch.tensor([len(prompt) for prompt in prompts], device=device)

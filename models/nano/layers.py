@@ -44,8 +44,10 @@ class AttentionPlan:
         groups: list[list[int]] = []
         for i in order:
             # One long conversation must not make the short ones as wide as itself.
-            if not groups or len(groups[-1]) == group_size or (
-                lengths[i] > 1.25 * lengths[groups[-1][0]] + 8
+            if (
+                not groups
+                or len(groups[-1]) == group_size
+                or (lengths[i] > 1.25 * lengths[groups[-1][0]] + 8)
             ):
                 groups.append([])
             groups[-1].append(i)
@@ -149,9 +151,7 @@ class LatentAttention(nn.Module):
         self.register_buffer(
             "q_rows", rotary_rows(heads, config.qk_nope_head_dim, rope), persistent=False
         )
-        self.register_buffer(
-            "kv_rows", rotary_rows(1, config.kv_lora_rank, rope), persistent=False
-        )
+        self.register_buffer("kv_rows", rotary_rows(1, config.kv_lora_rank, rope), persistent=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys [T, heads, qk_head_dim], values [T, heads, v_head_dim]."""
@@ -182,7 +182,7 @@ class LatentAttention(nn.Module):
         at = 0
         for batch, length in plan.shapes:
             span = slice(at, at + batch * length)
-            part = [t[span].unflatten(0, (batch, length)).transpose(1, 2) for t in gathered]
+            part = [t[span].view(batch, length, *t.shape[1:]).transpose(1, 2) for t in gathered]
             outputs.append(causal_attention(*part).transpose(1, 2).reshape(batch * length, -1))
             at += batch * length
         out: Tensor = self.o_proj(torch.cat(outputs).index_select(0, plan.scatter))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ class NanoModel(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         # One matrix in training: what copies one word then copies every word, which a
         # short run would not see often enough. Checkpoints hold it twice, as Kimi's do.
-        self.lm_head.weight = self.embed_tokens.weight
+        self.lm_head.weight = cast(nn.Parameter, self.embed_tokens.weight)
         rope = config.qk_rope_head_dim
         inv_freq = 1.0 / (config.rope_theta ** (torch.arange(0, rope, 2).float() / rope))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -84,7 +86,7 @@ class NanoModel(nn.Module):
         first given, the second is learnt at once.
         """
         config = self.config
-        attn = self.layers[0].self_attn
+        attn = self.blocks()[0].self_attn
         # A constant in all embeddings, for positions to be compared whatever the token.
         self.embed_tokens.weight[:, 0] = 0.5
         num_pairs, strength = 6, 1.9
@@ -112,7 +114,7 @@ class NanoModel(nn.Module):
         """
         cos, sin = self.rotary(plan.positions)
         x = self.embed_tokens(ids).float()
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks()):
             x = block.attend(x, cos, sin, plan, self.dtype)
             if rows is not None and index == len(self.layers) - 1:
                 x = x[rows]
@@ -130,5 +132,9 @@ class NanoModel(nn.Module):
         logits = self.lm_head(self.hidden(ids, plan, rows))
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
+    def blocks(self) -> list[Block]:
+        """The layers with their type: ``nn.ModuleList`` does not tell it."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def moe_layers(self) -> list[MoE]:
-        return [block.mlp for block in self.layers if isinstance(block.mlp, MoE)]
+        return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]

@@ -95,7 +95,7 @@ class NanoOptimizer:
         lr = self.muon_lr * factor
         for shape, members in batches.items():
             stacked = torch.cat([matrices for _, matrices in members])
-            update = torch.cat(list(pool.map(orthogonalize, stacked.split(MAX_BATCH))))
+            update = torch.cat(list(pool.map(orthogonalize, torch.split(stacked, MAX_BATCH))))
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             at = 0
             for name, matrices in members:

@@ -53,7 +53,7 @@ def test_gradients_of_the_grouped_experts_are_those_of_autograd(model: NanoModel
         out = torch.zeros_like(x)
         for expert in range(SMALL.n_routed_experts):
             gate, up = layer.experts.gate_up_proj[expert].chunk(2)
-            y = (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t()))
+            y = torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())
             y = y @ layer.experts.down_proj[expert].t()
             out = out + y * (weights * (ids == expert)).sum(dim=1, keepdim=True)
         return out

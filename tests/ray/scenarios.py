@@ -280,8 +280,13 @@ def stop(path: str) -> dict[str, Any]:
     deadline = time.monotonic() + WAIT_S
     while (left := leftovers())["actors"] and time.monotonic() < deadline:
         time.sleep(0.1)
-    free = [n.available.get("CPU") == n.total.get("CPU") for n in list_nodes()]
-    return {"left": left, "controller": get_controller() is not None, "free": free}
+    while not (is_free := _is_free()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return {"left": left, "controller": get_controller() is not None, "free": is_free}
+
+
+def _is_free() -> bool:
+    return all(n.available.get("CPU") == n.total.get("CPU") for n in list_nodes())
 
 
 class Replica:

@@ -103,6 +103,13 @@ def test_rows_that_are_not_contiguous_are_sent_as_they_read(cluster: Shards) -> 
     assert relative_error(out, expected) < 1e-5
 
 
+def test_weights_of_half_precision_are_taken_as_they_are(cluster: Shards) -> None:
+    x, ids, weights = random_routing(6, NUM_EXPERTS, TOPK)
+    halves = weights.bfloat16()
+    expected = dense_reference(random_experts(range(NUM_EXPERTS)), 1, x, ids, halves.float())
+    assert relative_error(_run(cluster, 1, x, ids, halves), expected) < 1e-5
+
+
 def test_the_answer_is_nobody_elses_memory(alone: Shards) -> None:
     x, ids, weights = random_routing(4, NUM_EXPERTS, TOPK)
     first = _run(alone, 1, x, ids, weights)

@@ -6,15 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cluster.data_plane import DataPlaneServer
+from cluster.kernels import build_kernel
 from routing.exceptions import TransportError
 from routing.listener import Listener
-from routing.table import ShardEndpoint
+from routing.table import RoutingTable, ShardEndpoint
+from routing.table_feed import StaticTables
 from routing.tcp import TcpConnection
 from routing.transport import deadline_after
 from routing.wire import FrameHeader, FrameKind
@@ -31,7 +35,9 @@ from tests.unit.shards import (
 )
 
 NUM_EXPERTS = 6
-X, IDS, WEIGHTS = random_routing(8, NUM_EXPERTS, 3)
+X, _, WEIGHTS = random_routing(8, NUM_EXPERTS, 3)
+# Every row asks both shards (0..2 and 3..5).
+IDS = torch.tensor([[i % 3, 3 + i % 3, (i + 1) % 3] for i in range(8)])
 EXPECTED = dense_reference(random_experts(range(NUM_EXPERTS)), 1, X, IDS, WEIGHTS)
 
 
@@ -106,20 +112,6 @@ def test_a_connection_that_was_merely_closed_is_made_again_in_the_same_step(made
     assert _is_right(dispatcher.combine(dispatcher.dispatch(1, X, IDS, WEIGHTS)))
 
 
-def test_with_a_replica_left_the_same_step_goes_on_at_once(made: Shards) -> None:
-    spare, endpoint = start_shard("spare", range(NUM_EXPERTS))
-    made.held["spare"] = range(NUM_EXPERTS)
-    made.endpoints["spare"] = endpoint
-    made.servers["spare"] = spare
-    made.connect(recovery_timeout_s=30)
-    assert _is_right(_run(made))
-    for name in ("shard-0", "shard-1"):
-        made.stop(name)
-        assert _is_right(_run(made))
-    assert made.state.poison == 0
-    assert made.state.get("table_version") == 1
-
-
 def test_experts_that_stay_away_are_zeros_with_poison_raised_before_the_return(
     made: Shards,
 ) -> None:
@@ -140,18 +132,122 @@ def test_experts_that_stay_away_are_zeros_with_poison_raised_before_the_return(
     assert not made.state.is_waiting
 
 
+class CountedTables(StaticTables):
+    """Knows how often somebody waited for a newer table."""
+
+    num_waits = 0
+
+    def wait_newer(self, version: int, timeout_s: float) -> RoutingTable | None:
+        self.num_waits += 1
+        return super().wait_newer(version, timeout_s)
+
+
 def test_after_giving_up_the_rest_of_the_step_and_later_ones_do_not_wait_again(
     made: Shards,
 ) -> None:
-    made.connect(recovery_timeout_s=1.0)
+    made.tables = tables = CountedTables()
+    made.connect(recovery_timeout_s=0.3)
     made.stop("shard-1")
-    for layer in (1, 2):
+    assert not _run(made, 1).any()
+    waited = tables.num_waits
+    assert waited > 0
+    for layer in (2, 1, 2, 1):
         assert not _run(made, layer).any()
-    started = time.monotonic()
-    for layer in (1, 2, 1, 2):
-        assert not _run(made, layer).any()
-    assert time.monotonic() - started < 4, "every layer waited for the recovery time"
-    assert made.state.poison == 6
+    assert tables.num_waits == waited
+    assert made.state.poison == 5
+    made.tables.publish(made.table({"shard-0": made.endpoints["shard-0"]}))
+    assert not _run(made, 1).any()
+    assert tables.num_waits > waited, "a new table is worth waiting again"
+
+
+def test_every_step_has_the_whole_recovery_time(made: Shards) -> None:
+    made.connect(recovery_timeout_s=2.0)
+    for _ in range(3):
+        made.stop("shard-1")
+        forward = Background(lambda: _run(made))
+        wait_until(lambda: made.state.is_waiting, "waiting")
+        time.sleep(0.9)  # spends nearly half of the recovery time: three would be too many
+        made.start("shard-1")
+        made.tables.publish(made.table())
+        assert _is_right(forward.join())
+    assert made.state.poison == 0
+
+
+def test_one_that_was_given_up_and_answered_again_is_worth_waiting_for_again(
+    made: Shards,
+) -> None:
+    def come_back() -> None:
+        endpoint = made.endpoints["shard-1"]
+        kernel = build_kernel(random_experts(made.held["shard-1"]), "torch")
+        made.servers["shard-1"] = DataPlaneServer(
+            kernel,
+            host="127.0.0.1",
+            port=endpoint.port,
+            token=None,
+            incarnation=endpoint.incarnation,
+        )
+        made.servers["shard-1"].start()
+
+    made.connect(recovery_timeout_s=5)
+    made.dispatcher._settings = replace(made.dispatcher._settings, recovery_timeout_s=0.2)
+    made.stop("shard-1")
+    assert not _run(made).any()
+    come_back()
+    wait_until(lambda: _is_right(_run(made)), "the return of the shard")
+    made.dispatcher._settings = replace(made.dispatcher._settings, recovery_timeout_s=30)
+    poison = made.state.poison
+    made.stop("shard-1")
+    forward = Background(lambda: _run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    come_back()
+    assert _is_right(forward.join())
+    assert made.state.poison == poison
+
+
+def _with_spare(made: Shards) -> DataPlaneServer:
+    """A third shard that holds everything; the others are asked first."""
+    spare, endpoint = start_shard("spare", range(NUM_EXPERTS))
+    made.held["spare"] = range(NUM_EXPERTS)
+    made.endpoints["spare"], made.servers["spare"] = endpoint, spare
+    made.connect(recovery_timeout_s=30)
+    assert made.dispatcher is not None
+    made.dispatcher._salt = 0
+    return spare
+
+
+def test_with_a_replica_left_the_same_step_goes_on_at_once(made: Shards) -> None:
+    _with_spare(made)
+    assert _is_right(_run(made))
+    for name in ("shard-0", "shard-1"):
+        made.stop(name)
+        assert _is_right(_run(made))
+    assert made.state.poison == 0
+    assert made.state.get("table_version") == 1
+
+
+def test_two_lost_shards_rows_go_to_one_replica_one_after_the_other(made: Shards) -> None:
+    spare = _with_spare(made)
+    assert _is_right(_run(made))
+    for name in ("shard-0", "shard-1"):
+        made.stop(name)
+    assert _is_right(_run(made))
+    assert made.state.poison == 0
+    assert spare.stats().broken == 0, "two requests were under way on one connection"
+    assert spare.stats().refused == 0
+
+
+def test_a_shard_that_answers_twice_in_a_step_does_not_overwrite_its_first_answer(
+    made: Shards,
+) -> None:
+    made.stop("shard-0")
+    made.held["shard-0"] = range(NUM_EXPERTS)
+    made.start("shard-0")
+    dispatcher = made.connect(recovery_timeout_s=30)
+    dispatcher._salt = 1  # experts 3..5: the second of their two replicas
+    assert _is_right(_run(made))
+    made.stop("shard-1")
+    assert _is_right(_run(made))
+    assert made.state.poison == 0
 
 
 def test_once_the_table_is_whole_again_answers_are_right_again(made: Shards) -> None:
@@ -243,6 +339,7 @@ def _liar(change: Callable[[FrameHeader], FrameHeader]) -> Listener:
     [
         lambda h: h._replace(sequence=h.sequence + 1),
         lambda h: h._replace(rows=h.rows - 1, body_bytes=h.body_bytes - HIDDEN * 4),
+        lambda h: h._replace(rows=1, body_bytes=HIDDEN * 4),
         lambda h: h._replace(rows=2 * h.rows, extra=HIDDEN // 2),
         lambda h: h._replace(dtype_code=1),
         lambda h: h._replace(dtype_code=9),
@@ -250,15 +347,26 @@ def _liar(change: Callable[[FrameHeader], FrameHeader]) -> Listener:
         lambda h: h._replace(kind=FrameKind.ACK),
         lambda h: h._replace(body_bytes=2**31),
     ],
-    ids=["sequence", "rows", "hidden", "dtype", "unknown dtype", "request", "ack", "size"],
+    ids=[
+        "sequence",
+        "rows",
+        "one row",
+        "hidden",
+        "dtype",
+        "unknown dtype",
+        "request",
+        "ack",
+        "size",
+    ],
 )
 def test_an_answer_that_does_not_fit_is_not_summed(
     made: Shards, change: Callable[[FrameHeader], FrameHeader]
 ) -> None:
     liar = _liar(change)
-    endpoint = ShardEndpoint("shard-1", "127.0.0.1", liar.start(), "liar")
+    port = liar.start()
+    lying = {name: ShardEndpoint(name, "127.0.0.1", port, "liar") for name in made.endpoints}
     made.connect(recovery_timeout_s=0.4)
-    made.tables.publish(made.table({**made.endpoints, "shard-1": endpoint}))
+    made.tables.publish(made.table(lying))
     assert not _run(made).any()
     assert made.state.poison == 1
     made.tables.publish(made.table())
