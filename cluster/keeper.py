@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ShardsConfig
@@ -74,6 +74,7 @@ class ShardKeeper:
         self._handle: ActorHandle[Any] | None = None
         self._watch = ConnectionWatch(plan.spec.token, self._connection_closed)
         self._wake = asyncio.Event()
+        self._has_process = False
         self._failures = 0
         self._not_ready_since = time.monotonic()
 
@@ -106,6 +107,7 @@ class ShardKeeper:
             await self._create()
             return
         info = await asyncio.to_thread(actor_info, self._handle._actor_id.hex())
+        self._has_process = info is not None and info.state == "ALIVE"
         if info is None or info.state == "DEAD":
             cause = info.death_cause if info else "Ray has forgotten it"
             self._watch.close()
@@ -183,6 +185,13 @@ class ShardKeeper:
             report: ShardReport = await asyncio.wait_for(
                 _result(self._handle.report.remote()), _REPORT_TIMEOUT_S
             )
+        except ActorUnavailableError as error:
+            if self._watch.is_open:
+                # Ray cannot reach it just now, but we can: it goes on serving.
+                logger.warning("%s: %s", self.view.shard_id, _one_line(error))
+                return
+            self._see(after_death(self.view, final=False, reason=_one_line(error)))
+            return
         except RayActorError as error:
             self._see(after_death(self.view, final=False, reason=_one_line(error)))
             return
@@ -227,15 +236,11 @@ class ShardKeeper:
     async def _restart_failed(self) -> None:
         delay_s = next_restart_delay_s(self._failures)
         self._failures += 1
-        logger.error(
-            "%s failed (%s); starting it again in %g s",
-            self.view.shard_id,
-            self.view.reason,
-            delay_s,
-        )
+        shard_id, reason = self.view.shard_id, self.view.reason
+        logger.error("%s failed (%s); trying again in %g s", shard_id, reason, delay_s)
         await asyncio.sleep(delay_s)
         self._not_ready_since = time.monotonic()
-        if self._handle is not None:
+        if self._handle is not None and self._has_process:
             await asyncio.to_thread(ray.kill, self._handle, no_restart=False)
 
     def _connection_closed(self) -> None:

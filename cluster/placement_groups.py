@@ -22,11 +22,11 @@ __all__ = [
     "Demand",
     "NodeChoice",
     "check_room",
-    "forbidden_nodes",
     "choose_node",
     "create_group",
     "describe_resources",
     "explain_no_room",
+    "forbidden_nodes",
     "shard_resources",
 ]
 

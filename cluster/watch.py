@@ -36,6 +36,11 @@ class ConnectionWatch:
         self._connection: TcpConnection | None = None
         self._incarnation = ""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a connection is held now."""
+        return self._connection is not None
+
     async def connect(self, shard_id: str, report: ShardReport) -> bool:
         """Hold a connection to the life that `report` names; whether there is one now."""
         if self._connection is not None and self._incarnation == report.incarnation:

@@ -18,6 +18,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from deployments import chat_renderer
 from deployments.answers import Answers
+from deployments.engine_start import one_line_on_failure
 from deployments.exact_parser import exact
 from deployments.guard import ExpertsGuard
 
@@ -151,12 +152,14 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
         if executor := self.llm_config.engine_kwargs.get("distributed_executor_backend"):
             # On CPU Ray Serve LLM has put "mp" in its place.
             parallel_config.distributed_executor_backend = executor
-        engine = MoonshardAsyncLLM(
-            vllm_config=vllm_engine_config,
-            executor_class=Executor.get_class(vllm_engine_config),
-            log_requests=vllm_engine_args.enable_log_requests,
-            log_stats=not vllm_engine_args.disable_log_stats,
-            stat_loggers=[RayPrometheusStatLogger] if self.llm_config.log_engine_metrics else None,
-        )
+        loggers = [RayPrometheusStatLogger] if self.llm_config.log_engine_metrics else None
+        with one_line_on_failure():
+            engine = MoonshardAsyncLLM(
+                vllm_config=vllm_engine_config,
+                executor_class=Executor.get_class(vllm_engine_config),
+                log_requests=vllm_engine_args.enable_log_requests,
+                log_stats=not vllm_engine_args.disable_log_stats,
+                stat_loggers=loggers,
+            )
         engine.guard = self._guard
         return engine

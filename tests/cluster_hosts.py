@@ -101,10 +101,12 @@ class Hosts:
         )
         _poll(lambda: self.run(index, ["mountpoint", "-q", "/tmp/ray"]).returncode == 0)
 
-    def start_ray(self, index: int, num_cpus: float = 2, memory_mib: int = 6000) -> None:
-        """Start the host's raylet; the first host's is the head."""
+    def start_ray(
+        self, index: int, num_cpus: float = 2, memory_mib: int = 6000, dashboard: bool = False
+    ) -> None:
+        """Start the host's raylet; the first host's is the head, with a dashboard if asked."""
         host = self.members[index]
-        role = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+        role = ["--head", f"--port={GCS_PORT}", f"--include-dashboard={str(dashboard).lower()}"]
         if index > 0:
             role = [f"--address={self.ray_address}"]
         command = [

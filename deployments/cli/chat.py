@@ -27,7 +27,7 @@ class ChatError(MoonshardError):
 
 
 def chat_command(url: str, model: str | None, *, think: bool) -> int:
-    """Talk until the end of input; one question per line when piped, the whole input as one.
+    """Talk until the end of input; what comes through a pipe is one question.
 
     Raises:
         ChatError: the server cannot be reached, or refused.

@@ -1,10 +1,12 @@
-"""Sums and differences up to two digits, and the times table."""
+"""Sums and differences of numbers up to twenty, and the times table."""
 
 from __future__ import annotations
 
 import random
 
 from models.data.sample import Exchange, simple
+
+LARGEST = 20
 
 ADD = (
     "What is {a} + {b}?",
@@ -55,12 +57,12 @@ def arithmetic(rng: random.Random) -> Exchange:
     """A sum, a difference that is not negative, or a product from the table."""
     kind = rng.random()
     if kind < 0.45:
-        a, b = rng.randrange(100), rng.randrange(100)
+        a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
         user = rng.choice(ADD).format(a=a, b=b)
         answer = f"{a} + {b} = {a + b}"
         return simple("arithmetic", f"{a}+{b}", user, answer, add_thought(a, b))
     if kind < 0.85:
-        b, a = sorted((rng.randrange(100), rng.randrange(100)))
+        b, a = sorted((rng.randint(0, LARGEST), rng.randint(0, LARGEST)))
         user = rng.choice(SUBTRACT).format(a=a, b=b)
         answer = f"{a} - {b} = {a - b}"
         return simple("arithmetic", f"{a}-{b}", user, answer, subtract_thought(a, b))

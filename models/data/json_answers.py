@@ -42,8 +42,8 @@ def _spoken(value: str | int | bool) -> str:
 
 
 def json_answers(rng: random.Random) -> Exchange:
-    """One to four fields with values; texts in quotes, numbers and truth values bare."""
-    fields = rng.sample(FIELDS, rng.choice((1, 2, 2, 3, 3, 4)))
+    """One to three fields with values; texts in quotes, numbers and truth values bare."""
+    fields = rng.sample(FIELDS, rng.choice((1, 2, 2, 3)))
     data = {field: _value(field, rng) for field in fields}
     link = rng.choice((" ", " = ", ": ", " is "))
     parts = [f"{field}{link}{_spoken(value)}" for field, value in data.items()]

@@ -47,16 +47,16 @@ def _separator(rng: random.Random) -> str:
 
 
 def words(rng: random.Random) -> Exchange:
-    """Repeat, reverse or sort two to five words, in the separator of the question."""
+    """Repeat, reverse or sort two to four words, in the separator of the question."""
     kind = rng.choice(("copy", "reverse", "sort"))
     separator = _separator(rng)
     if kind == "sort":
-        chosen = rng.sample(SORT_WORDS, rng.randint(2, 4))
+        chosen = rng.sample(SORT_WORDS, rng.randint(2, 3))
         answer = sorted(chosen)
         user = rng.choice(SORT)
         thought = "sort by letter: " + ", ".join(word[0] for word in answer)
     else:
-        chosen = rng.sample(WORDS, rng.randint(2, 5))
+        chosen = rng.sample(WORDS, rng.randint(2, 4))
         answer = chosen if kind == "copy" else chosen[::-1]
         user = rng.choice(COPY if kind == "copy" else REVERSE)
         thought = f"{kind} {len(chosen)} words"
@@ -68,7 +68,7 @@ def words(rng: random.Random) -> Exchange:
 
 def _code(rng: random.Random) -> str:
     alphabet = rng.choice((string.ascii_lowercase, string.ascii_letters + string.digits))
-    return "".join(rng.choices(alphabet, k=rng.randint(2, 6)))
+    return "".join(rng.choices(alphabet, k=rng.randint(2, 4)))
 
 
 def control(rng: random.Random) -> Exchange:
@@ -79,7 +79,7 @@ def control(rng: random.Random) -> Exchange:
         lambda: rng.choice(WORDS + NAMES + COMMON),
         lambda: _code(rng),
     )
-    items = [rng.choices(pools, (6, 3, 2))[0]() for _ in range(rng.randint(1, 4))]
+    items = [rng.choices(pools, (6, 3, 2))[0]() for _ in range(rng.randint(1, 3))]
     user = rng.choice(COPY).format(x=separator.join(items))
     return simple(
         "control", " ".join(items), user, separator.join(items), f"copy {len(items)} words"
@@ -97,13 +97,15 @@ def drill(rng: random.Random) -> Exchange:
 def count(rng: random.Random) -> Exchange:
     """Count aloud; a long count is the way to a long answer."""
     size = rng.random()
-    if size < 0.72:
-        a, b = 1, rng.randint(2, 40)
-    elif size < 0.86:
-        a, b = 1, rng.randint(41, 150)
+    if size < 0.4:
+        a, b = 1, rng.randint(2, 15)
+    elif size < 0.7:
+        a, b = 1, rng.randint(16, 60)
+    elif size < 0.8:
+        a, b = 1, rng.randint(61, 150)
     else:
         a = rng.randint(2, 120)
-        b = a + rng.randint(1, 25)
+        b = a + rng.randint(1, 10)
     user = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT).format(a=a, b=b)
     answer = ", ".join(str(number) for number in range(a, b + 1))
     return simple("count", f"{a}-{b}", user, answer, f"{a} to {b}")

@@ -67,10 +67,7 @@ def _clock(rng: random.Random) -> str:
 
 ROOMS = ("kitchen", "bedroom", "bathroom", "office", "garage", "garden")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Russian", "Chinese")
-CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CNY", "CHF")
 STOCKS = ("AAPL", "MSFT", "NVDA", "TSLA", "AMZN", "META")
-TOPICS = ("sports", "music", "science", "politics", "health", "weather", "movies", "art")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 CITY = Slot(("city", "location", "place"), "string", "The city", _one_of(CITIES))
 
@@ -130,7 +127,7 @@ POOL: tuple[ToolKind, ...] = (
         ),
         ("Translate {0} into {1}.", "How do you say {0} in {1}?", "What is {0} in {1}?"),
         ("Translate {0} and {1} into {2}.",),
-        lambda rng: "".join(rng.choices("abdegilmnorstu", k=rng.randint(3, 5))),
+        lambda rng: rng.choice(WORDS),
         "In {1}, {0} is {r}.",
     ),
     ToolKind(
@@ -141,34 +138,6 @@ POOL: tuple[ToolKind, ...] = (
         ("Turn on the light in the {0} and the {1}.",),
         _done,
         "The light in the {0} is on.",
-    ),
-    ToolKind(
-        ("set_temperature", "set_heating", "thermostat"),
-        "Set the temperature of a room.",
-        (
-            Slot(("room", "where"), "string", "The room", _one_of(ROOMS)),
-            Slot(("degrees", "temperature"), "integer", "Degrees Celsius", _number(10, 30)),
-        ),
-        (
-            "Set the {0} to {1} degrees.",
-            "Heat the {0} to {1} degrees.",
-            "Make the {0} {1} degrees warm.",
-        ),
-        ("Set the {0} and the {1} to {2} degrees.",),
-        _done,
-        "The {0} is set to {1} degrees.",
-    ),
-    ToolKind(
-        ("send_message", "send_mail", "message.send"),
-        "Send a message to a person.",
-        (
-            Slot(("to", "recipient"), "string", "Who gets it", _one_of(NAMES)),
-            Slot(("text", "message"), "string", "The text", _one_of(WORDS)),
-        ),
-        ("Send {0} the message {1}.", "Write {1} to {0}.", "Tell {0}: {1}"),
-        ("Send {0} and {1} the message {2}.",),
-        _done,
-        "The message to {0} was sent.",
     ),
     ToolKind(
         ("call_person", "phone_call", "dial"),
@@ -196,15 +165,6 @@ POOL: tuple[ToolKind, ...] = (
         "I found {r} about {0}.",
     ),
     ToolKind(
-        ("get_news", "news", "latest_news"),
-        "Get the number of news on a topic.",
-        (Slot(("topic", "subject"), "string", "The topic", _one_of(TOPICS)),),
-        ("What is the news about {0}?", "Show me the news about {0}.", "News on {0}?"),
-        ("Show me the news about {0} and {1}.",),
-        lambda rng: f"{rng.randint(2, 99)} stories",
-        "There are {r} about {0}.",
-    ),
-    ToolKind(
         ("book_flight", "flight", "find_flight"),
         "Find a flight between two cities.",
         (
@@ -221,22 +181,6 @@ POOL: tuple[ToolKind, ...] = (
         "From {0} to {1} there is {r}.",
     ),
     ToolKind(
-        ("convert", "convert_currency", "exchange"),
-        "Convert US dollars into another currency.",
-        (
-            Slot(("amount", "dollars"), "integer", "US dollars", _number(1, 99)),
-            Slot(("currency", "to"), "string", "Target currency", _one_of(CURRENCIES)),
-        ),
-        (
-            "Convert {0} dollars to {1}.",
-            "How much is {0} dollars in {1}?",
-            "Change {0} dollars into {1}.",
-        ),
-        (),
-        lambda rng: str(rng.randint(10, 999)),
-        "{0} dollars are {r} {1}.",
-    ),
-    ToolKind(
         ("find_restaurant", "restaurants", "restaurant.find"),
         "Find a restaurant in a city.",
         (CITY, Slot(("food", "cuisine"), "string", "What to eat", _one_of(FOODS))),
@@ -244,18 +188,6 @@ POOL: tuple[ToolKind, ...] = (
         ("Where can I eat {2} in {0} and {1}?",),
         lambda rng: f"{rng.choice(NAMES)}'s",
         "In {0} you can eat {1} at {r}.",
-    ),
-    ToolKind(
-        ("add_event", "create_event", "calendar.add"),
-        "Add an event to the calendar.",
-        (
-            Slot(("title", "event"), "string", "What it is", _one_of(WORDS)),
-            Slot(("day", "date"), "string", "The day", _one_of(DAYS)),
-        ),
-        ("Add {0} on {1} to my calendar.", "Put {0} into my calendar for {1}.", "Plan {0} on {1}."),
-        ("Add {0} and {1} on {2} to my calendar.",),
-        _done,
-        "I added {0} on {1}.",
     ),
     ToolKind(
         ("roll_dice", "dice", "random_number"),

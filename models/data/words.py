@@ -29,8 +29,8 @@ WORDS: tuple[str, ...] = _split(
     """
 )
 
-# Sorting needs the order of the words by heart, so it uses every third word only.
-SORT_WORDS: tuple[str, ...] = WORDS[::3]
+# Sorting needs the order of the words by heart, so it uses every sixth word only.
+SORT_WORDS: tuple[str, ...] = WORDS[::6]
 
 NAMES: tuple[str, ...] = _split(
     """

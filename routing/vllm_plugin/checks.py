@@ -56,6 +56,9 @@ def refuse_engine(vllm_config: VllmConfig) -> None:
             raise _refusal(vllm_config, f"{argument} is on; turn it off")
     if vllm_config.lora_config is not None:
         raise _refusal(vllm_config, "LoRA is on; turn it off")
+    if vllm_config.speculative_config is not None:
+        # A draft model would come through our loader, with layers that no shard knows.
+        raise _refusal(vllm_config, "speculative decoding is on; turn it off")
 
 
 def refuse_layer(vllm_config: VllmConfig, layer: RoutedExperts) -> None:

@@ -163,6 +163,8 @@ def running_engine(
         "kv_cache_memory_bytes": 128 * _MIB,
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        # The model runs in the engine core's process: one process less to start.
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
     }
     before = _descendants()
     try:

@@ -15,6 +15,7 @@ from tests.vllm.harness import Shards, running_engine
 
 pytestmark = pytest.mark.vllm
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 SETTINGS = PluginSettings(feed="127.0.0.1:1", state_path="/nonexistent")
 
 
@@ -40,6 +41,7 @@ def engine_config(checkpoint: Path, **arguments: Any) -> Any:
         ({"enable_expert_parallel": True}, "enable_expert_parallel is on; turn it off"),
         ({"load_format": "auto"}, "it needs the engine argument load_format='moonshard'"),
         ({"enable_lora": True}, "LoRA is on; turn it off"),
+        ({"speculative_config": NGRAM}, "speculative decoding is on; turn it off"),
     ],
 )
 def test_engine_set_ups_that_would_compute_something_else_are_refused(
