@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,17 @@ from typing import Any
 import yaml
 
 from cluster.config import REPO_ROOT, parse_config
+from cluster.processes import adopt_orphans, end_descendants
+from cluster.ray_node import disconnect, start_local_node
 
 RESULTS = REPO_ROOT / "bench" / "results" / "serve.json"
 CONFIG = REPO_ROOT / "configs" / "nano.yaml"
 PORT = 8011
 SYSTEMS = ("moonshard", "native")
 RUN_TIMEOUT_S = 600.0
+PATIENCE_S = 10.0
+# Logical CPUs: two routers and two ingresses stand side by side, whatever the machine has.
+RAY_CPUS = 4
 
 
 @dataclass(frozen=True)
@@ -88,31 +95,29 @@ def _single_replica_args() -> dict[str, Any]:
     args: dict[str, Any] = document["applications"][0]["args"]
     router = args.setdefault("router", {})
     router["autoscaling"] = {"min_replicas": 1, "max_replicas": 1}
+    args.setdefault("ray", {})["num_cpus"] = RAY_CPUS
     return args
 
 
-class _applications:
+@contextmanager
+def _applications(args: dict[str, Any]) -> Iterator[None]:
     """Both applications on a Ray node of their own; everything is gone after the block."""
+    adopt_orphans()
+    start_local_node(parse_config(args).ray)
+    # Ray reads its environment when it is imported, and the node's start prepares that.
+    from ray import serve
 
-    def __init__(self, args: dict[str, Any]) -> None:
-        self._args = args
+    from deployments.app import build, build_native
 
-    def __enter__(self) -> None:
-        from cluster.ray_node import LocalRayNode
-        from deployments.app import build, build_native
-        from ray import serve
-
-        self._node = LocalRayNode(parse_config(self._args).ray, num_cpus=4)
-        self._node.start()
+    try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        serve.run(build(self._args), name="moonshard", route_prefix="/moonshard")
-        serve.run(build_native(self._args), name="native", route_prefix="/native")
-
-    def __exit__(self, *_: object) -> None:
-        from ray import serve
-
+        serve.run(build(args), name="moonshard", route_prefix="/moonshard")
+        serve.run(build_native(args), name="native", route_prefix="/native")
+        yield
+    finally:
         serve.shutdown()
-        self._node.stop()
+        disconnect()
+        end_descendants(PATIENCE_S)
 
 
 def _measure(

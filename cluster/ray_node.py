@@ -59,7 +59,8 @@ def connect(address: str) -> None:
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        if isinstance(error.__cause__ or error, AuthenticationError):
+        # Ray wraps it, once as a cause and once more as text.
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             raise ClusterUnreachable(
                 f"the Ray cluster at {address} refused this user's token; set RAY_AUTH_TOKEN or "
                 "RAY_AUTH_TOKEN_PATH to the cluster's own"

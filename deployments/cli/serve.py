@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.janitor import Janitor
 from cluster.processes import adopt_orphans, end_descendants
 from deployments.cli.instances import registered
 from deployments.cli.interrupts import Interrupted, catch_interrupts, ignore_interrupts
@@ -93,14 +94,26 @@ def _ray(file: ServeFile, address: str | None) -> Iterator[str]:
             ray_node.disconnect()
         return
     adopt_orphans()
-    try:
+    with _everything_ends():
         cluster_address = ray_node.start_local_node(file.config.ray)
         catch_interrupts()
         _say(f"Ray is started ({cluster_address})")
         yield cluster_address
+
+
+@contextmanager
+def _everything_ends() -> Iterator[None]:
+    """No process that is started in the context outlives it, or a kill -9 of this one."""
+    from cluster import ray_node
+
+    try:
+        with Janitor():
+            try:
+                yield
+            finally:
+                ignore_interrupts()
+                ray_node.disconnect()
     finally:
-        ignore_interrupts()
-        ray_node.disconnect()
         killed = end_descendants(_PATIENCE_S)
         if killed:
             _say(f"had to kill {', '.join(killed)}")

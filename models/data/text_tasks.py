@@ -56,7 +56,7 @@ def words(rng: random.Random) -> Exchange:
         user = rng.choice(SORT)
         thought = "sort by letter: " + ", ".join(word[0] for word in answer)
     else:
-        chosen = rng.sample(WORDS, rng.randint(2, 4))
+        chosen = rng.sample(WORDS, rng.randint(2, 4 if kind == "copy" else 3))
         answer = chosen if kind == "copy" else chosen[::-1]
         user = rng.choice(COPY if kind == "copy" else REVERSE)
         thought = f"{kind} {len(chosen)} words"
@@ -97,15 +97,18 @@ def drill(rng: random.Random) -> Exchange:
 def count(rng: random.Random) -> Exchange:
     """Count aloud; a long count is the way to a long answer."""
     size = rng.random()
-    if size < 0.4:
-        a, b = 1, rng.randint(2, 15)
-    elif size < 0.7:
-        a, b = 1, rng.randint(16, 60)
-    elif size < 0.8:
-        a, b = 1, rng.randint(61, 150)
+    # Mostly short: the hard part is to stop, and that is one token of each answer.
+    if size < 0.6:
+        a, b = 1, rng.randint(2, 12)
+    elif size < 0.82:
+        a, b = 1, rng.randint(13, 40)
+    elif size < 0.9:
+        a, b = 1, rng.randint(41, 150)
     else:
-        a = rng.randint(2, 120)
-        b = a + rng.randint(1, 10)
-    user = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT).format(a=a, b=b)
+        a = rng.randint(2, 20)
+        b = a + rng.randint(1, 6)
+    wording = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT)
     answer = ", ".join(str(number) for number in range(a, b + 1))
-    return simple("count", f"{a}-{b}", user, answer, f"{a} to {b}")
+    # To stop at a number one must have seen it as a last one, so the wording decides the split.
+    key = f"{a}-{b}|{wording}"
+    return simple("count", key, wording.format(a=a, b=b), answer, f"{a} to {b}")

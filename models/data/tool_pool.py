@@ -119,7 +119,7 @@ POOL: tuple[ToolKind, ...] = (
         "The timer is set for {0} minutes.",
     ),
     ToolKind(
-        ("translate", "translate_text", "translate-word"),
+        ("translate", "translate_text", "word-translate"),
         "Translate a word into another language.",
         (
             Slot(("text", "word"), "string", "What to translate", _one_of(WORDS)),
