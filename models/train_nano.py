@@ -35,6 +35,7 @@ from models.nano.layers import AttentionPlan
 from models.nano.model import NanoModel
 from models.nano.optimizer import NanoOptimizer
 
+COUNT_END_WEIGHT = 3
 MODEL_FOLDER = Path(__file__).parent / "kimi-nano"
 
 
@@ -58,7 +59,7 @@ def make_batch(
     """The conversations of one micro-batch, ``num_tokens`` in all."""
     rng = random.Random(name)
     ids: list[int] = []
-    learnt: list[bool] = []
+    learnt: list[int] = []
     lengths: list[int] = []
     while len(ids) < num_tokens:
         talk = conversation(rng, "train", weights=weights)
@@ -66,11 +67,15 @@ def make_batch(
         # The last one is cut: batches of one size spare the kernels new shapes.
         room = num_tokens - len(ids)
         ids += part[:room]
-        learnt += mask[:room]
+        times = [int(written) for written in mask]
+        if talk.family == "count":
+            # To stop at the right number is the task, and only this token shows it.
+            times[-1] = COUNT_END_WEIGHT
+        learnt += times[:room]
         lengths.append(min(len(part), room))
     flat = torch.tensor(ids)
     # A token is predicted at the row before it; a conversation never starts with a learnt token.
-    targets_at = torch.tensor(learnt).nonzero()[:, 0]
+    targets_at = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(learnt))
     plan = AttentionPlan.build(lengths, torch.device(device))
     return Batch(flat.to(device), plan, (targets_at - 1).to(device), flat[targets_at].to(device))
 

@@ -1,4 +1,4 @@
-"""Sums and differences of numbers up to twenty, and the times table."""
+"""Sums and differences of numbers up to twelve, and the times table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from models.data.sample import Exchange, simple
 
-LARGEST = 20
+LARGEST = 12
 
 ADD = (
     "What is {a} + {b}?",
@@ -56,12 +56,12 @@ def subtract_thought(a: int, b: int) -> str:
 def arithmetic(rng: random.Random) -> Exchange:
     """A sum, a difference that is not negative, or a product from the table."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.42:
         a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
         user = rng.choice(ADD).format(a=a, b=b)
         answer = f"{a} + {b} = {a + b}"
         return simple("arithmetic", f"{a}+{b}", user, answer, add_thought(a, b))
-    if kind < 0.85:
+    if kind < 0.8:
         b, a = sorted((rng.randint(0, LARGEST), rng.randint(0, LARGEST)))
         user = rng.choice(SUBTRACT).format(a=a, b=b)
         answer = f"{a} - {b} = {a - b}"
