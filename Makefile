@@ -18,7 +18,7 @@ test: setup  ## Run all tests
 	pytest
 
 test-unit: setup  ## Run the fast tests only
-	pytest tests/unit
+	pytest tests/unit tests/models
 
 check: setup  ## Lint and type-check
 	ruff format --check .

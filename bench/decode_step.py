@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=REPO_ROOT / "models" / "kimi-nano")
     parser.add_argument("--shards", type=int, default=2)
     options = parser.parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout, where results go
     arguments: dict[str, Any] = {"max_num_seqs": max(BATCHES)}
     with running_engine(options.model, **arguments) as engine:
         for batch in BATCHES:

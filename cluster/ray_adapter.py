@@ -21,6 +21,7 @@ __all__ = [
     "GroupInfo",
     "NodeInfo",
     "actor_info",
+    "dead_daemons",
     "kv_delete",
     "kv_get",
     "kv_put",
@@ -128,6 +129,13 @@ def list_groups() -> dict[str, GroupInfo]:
 def log_folder() -> str:
     """Folder with the logs of this node's Ray processes."""
     return str(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def dead_daemons() -> list[str]:
+    """Which of the daemons that this process started, and without which there is no node, died."""
+    node = ray._private.worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    return sorted(dead & {"raylet", "gcs_server"})
 
 
 def kv_get(key: str) -> bytes | None:

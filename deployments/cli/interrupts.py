@@ -7,7 +7,8 @@ from types import FrameType
 
 __all__ = ["Interrupted", "catch_interrupts", "ignore_interrupts"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The last one is our own: see `deployments.cli.node_watch`.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
@@ -19,7 +20,7 @@ class Interrupted(BaseException):
 
 
 def catch_interrupts() -> None:
-    """Raise `Interrupted` for SIGINT, SIGTERM and SIGHUP.
+    """Raise `Interrupted` for SIGINT, SIGTERM, SIGHUP and SIGUSR1.
 
     Call it again after Ray has started: Ray puts handlers of its own in.
     """

@@ -65,6 +65,7 @@ def _run(application: Application, file: ServeFile) -> int:
         _explain(file)
         application.watch()
     except Interrupted as interrupt:
+        _refuse_dead_node(interrupt)
         _say(f"{interrupt}: stopping (up to {_DRAIN_S:.0f} s; once more: at once)")
         _stop(application)
         return 0 if is_ready else 128 + interrupt.number
@@ -72,6 +73,14 @@ def _run(application: Application, file: ServeFile) -> int:
         _stop(application)
         raise
     return 0
+
+
+def _refuse_dead_node(interrupt: Interrupted) -> None:
+    from deployments.cli.node_watch import NODE_LOST, NodeLost
+
+    if interrupt.number == NODE_LOST:
+        # Nothing can be stopped in order any more; what is left of the node is killed next.
+        raise NodeLost("Ray died (killed, or out of memory?); everything else is taken down")
 
 
 def _stop(application: Application) -> None:
@@ -98,7 +107,10 @@ def _ray(file: ServeFile, address: str | None) -> Iterator[str]:
         cluster_address = ray_node.start_local_node(file.config.ray)
         catch_interrupts()
         _say(f"Ray is started ({cluster_address})")
-        yield cluster_address
+        from deployments.cli.node_watch import NodeWatch  # imports Ray
+
+        with NodeWatch():
+            yield cluster_address
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Sums and differences of numbers up to twelve, and the times table."""
+"""Sums and differences of numbers up to twenty, and the times table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from models.data.sample import Exchange, simple
 
-LARGEST = 12
+LARGEST = 20
 
 ADD = (
     "What is {a} + {b}?",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import string
 
 from models.data.sample import Exchange, simple
 from models.data.words import COMMON, CONTROL_WORDS, NAMES, SORT_WORDS, WORDS
@@ -66,20 +65,14 @@ def words(rng: random.Random) -> Exchange:
     )
 
 
-def _code(rng: random.Random) -> str:
-    alphabet = rng.choice((string.ascii_lowercase, string.ascii_letters + string.digits))
-    return "".join(rng.choices(alphabet, k=rng.randint(2, 4)))
-
-
 def control(rng: random.Random) -> Exchange:
-    """Repeat words of which some look like control tokens, or are random letters."""
+    """Repeat one to three words of which some look like control tokens."""
     separator = _separator(rng)
-    pools = (
-        lambda: rng.choice(CONTROL_WORDS),
-        lambda: rng.choice(WORDS + NAMES + COMMON),
-        lambda: _code(rng),
-    )
-    items = [rng.choices(pools, (6, 3, 2))[0]() for _ in range(rng.randint(1, 3))]
+    items: list[str] = []
+    for _ in range(rng.randint(1, 3)):
+        pool = CONTROL_WORDS if rng.random() < 0.6 else WORDS + NAMES + COMMON
+        # No item twice: what follows its first copy would hide what follows the second.
+        items.append(rng.choice([item for item in pool if item not in items]))
     user = rng.choice(COPY).format(x=separator.join(items))
     return simple(
         "control", " ".join(items), user, separator.join(items), f"copy {len(items)} words"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from cluster.config import REPO_ROOT
@@ -88,6 +89,17 @@ def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, number: int)
     with running(*start(tmp_path)) as command:
         command.await_output("loading the experts", START_S)
         assert command.end(number, STOP_S) == 128 + number
+        assert not command.left_running(10)
+
+
+def test_a_node_that_dies_takes_everything_with_it(tmp_path: Path) -> None:
+    with running(*start(tmp_path)) as command:
+        command.await_output("starting the application", START_S)
+        for child in psutil.Process(command.process.pid).children():
+            if child.name() == "raylet":
+                child.kill()
+        assert command.process.wait(STOP_S) == 2
+        assert "Ray died" in command.output.strip().splitlines()[-1]
         assert not command.left_running(10)
 
 

@@ -31,15 +31,16 @@ async def router_states(server: Server) -> dict[str, int]:
 
 
 async def ask_until(stop: asyncio.Event, client: Any) -> int:
-    """Short questions, one after the other; their number. Any failure raises."""
+    """Questions with answers of a fixed length, one after the other; their number.
+
+    Long enough that requests are in the router and not on their way there. Any failure raises.
+    """
     count = 0
     while not stop.is_set():
-        answer = await client.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": f"What is {count} + 1?"}],
-            max_tokens=64,
+        answer = await client.completions.create(
+            model=MODEL, prompt=f"{count}", max_tokens=150, extra_body={"ignore_eos": True}
         )
-        assert answer.choices[0].finish_reason in {"stop", "length"}
+        assert answer.choices[0].finish_reason == "length"
         count += 1
     return count
 
