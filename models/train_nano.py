@@ -5,7 +5,8 @@
 Data is made as it is needed, from the seed and the step number, so a run that
 resumes sees what an unbroken one would have seen. A run picks up the newest
 state in ``--work``; ``--steps`` and ``--decay-steps`` may change between runs,
-which lets the end be chosen late.
+which lets the end be chosen late. Without a state, ``--init`` starts a run from the
+weights of a checkpoint, with a fresh optimizer.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from torch import Tensor
 
 from models.data import conversation
 from models.data.render import Renderer
-from models.nano.checkpoint import save_checkpoint
+from models.nano.checkpoint import load_checkpoint, save_checkpoint
 from models.nano.config import NanoConfig
 from models.nano.layers import AttentionPlan
 from models.nano.model import NanoModel
 from models.nano.optimizer import NanoOptimizer
 
-COUNT_END_WEIGHT = 3
+COUNT_END_WEIGHT = 5
 MODEL_FOLDER = Path(__file__).parent / "kimi-nano"
 
 
@@ -178,7 +179,8 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        self.model = NanoModel(NanoConfig()).to(args.device)
+        model = load_checkpoint(args.init) if args.init else NanoModel(NanoConfig())
+        self.model = model.to(args.device)
         self.optimizer = NanoOptimizer(self.model, args.muon_lr, args.adam_lr)
         self.workers = Workers(self.model, args.workers)
         self.renderer = Renderer(args.model)
@@ -270,6 +272,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, default=MODEL_FOLDER, help="has the tokenizer, gets the weights")
+    add("--init", type=Path, help="checkpoint whose weights a new run starts from")
     add("--work", type=Path, default=Path("/tmp/nano_train"), help="where the run's state lies")
     add("--steps", type=int, default=1800, help="length of the whole run")
     add("--decay-steps", type=int, default=600, help="last steps, with falling learning rate")

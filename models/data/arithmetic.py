@@ -1,4 +1,8 @@
-"""Sums and differences of numbers up to twenty, and the times table."""
+"""Sums and differences of numbers below a hundred, and the times table.
+
+Worked out column by column: in the thought, or, where the model is not to think, in the answer.
+Every column (8+7, 13-6) occurs in many sums, so a sum that is held out can be worked out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import random
 
 from models.data.sample import Exchange, simple
 
-LARGEST = 20
+LARGEST = 99
 
 ADD = (
     "What is {a} + {b}?",
@@ -60,12 +64,12 @@ def arithmetic(rng: random.Random) -> Exchange:
         a, b = rng.randint(0, LARGEST), rng.randint(0, LARGEST)
         user = rng.choice(ADD).format(a=a, b=b)
         answer = f"{a} + {b} = {a + b}"
-        return simple("arithmetic", f"{a}+{b}", user, answer, add_thought(a, b))
+        return simple("arithmetic", f"{a}+{b}", user, answer, add_thought(a, b), is_work=True)
     if kind < 0.8:
         b, a = sorted((rng.randint(0, LARGEST), rng.randint(0, LARGEST)))
         user = rng.choice(SUBTRACT).format(a=a, b=b)
         answer = f"{a} - {b} = {a - b}"
-        return simple("arithmetic", f"{a}-{b}", user, answer, subtract_thought(a, b))
+        return simple("arithmetic", f"{a}-{b}", user, answer, subtract_thought(a, b), is_work=True)
     # A product cannot be worked out from other products, so the wording decides the split.
     a, b, wording = rng.randrange(1, 11), rng.randrange(1, 11), rng.randrange(len(TIMES))
     user = TIMES[wording].format(a=a, b=b)

@@ -28,17 +28,17 @@ SINGLE: dict[str, Callable[[random.Random], Exchange]] = {
 # How often a conversation is about each family. ``tool_call`` asks for calls, ``tool_answer``
 # for the sentence after the results, ``tool_idle`` declares tools that are of no use.
 WEIGHTS: dict[str, float] = {
-    "arithmetic": 3.0,
-    "facts": 2.0,
-    "words": 3.0,
-    "control": 1.5,
-    "json": 1.5,
+    "arithmetic": 4.0,
+    "facts": 1.5,
+    "words": 2.5,
+    "control": 1.0,
+    "json": 1.0,
     "chat": 0.5,
-    "count": 0.5,
+    "count": 1.5,
     "recall": 1.5,
-    "tool_call": 1.5,
+    "tool_call": 2.5,
     "tool_answer": 1.5,
-    "tool_idle": 0.7,
+    "tool_idle": 1.0,
 }
 FAMILIES: tuple[str, ...] = tuple(WEIGHTS)
 # Beside them: ``drill``, of use in training only.
@@ -75,8 +75,9 @@ class Conversation:
             turns.append({"role": "system", "content": self.system})
         for index, exchange in enumerate(self.exchanges):
             turns.append({"role": "user", "content": exchange.user})
+            replies = exchange.turns(self.thinking)
             last = index == len(self.exchanges) - 1
-            turns.extend(exchange.replies[: self.stop] if last else exchange.replies)
+            turns.extend(replies[: self.stop] if last else replies)
         return turns
 
     def sample(self) -> Sample:

@@ -33,12 +33,22 @@ class Exchange:
         into one split (facts put the wording into the key: see ``facts``).
     replies: assistant turns with tool turns between them; the last is an answer.
         Thoughts stand in ``reasoning_content``.
+    shows_work: where the model is not to think, it writes the thought into the answer.
     """
 
     family: str
     key: str
     user: str
     replies: tuple[Message, ...]
+    shows_work: bool = False
+
+    def turns(self, thinking: bool) -> list[Message]:
+        """The replies as a conversation with or without thoughts shows them."""
+        if thinking or not self.shows_work:
+            return list(self.replies)
+        *before, answer = self.replies
+        content = f"{answer['reasoning_content']}, so {answer['content']}"
+        return [*before, {**answer, "content": content}]
 
 
 def say(content: str, thought: str = "") -> Message:
@@ -46,9 +56,14 @@ def say(content: str, thought: str = "") -> Message:
     return {"role": "assistant", "content": content, "reasoning_content": thought}
 
 
-def simple(family: str, key: str, user: str, answer: str, thought: str = "") -> Exchange:
-    """An exchange of one question and one answer in text."""
-    return Exchange(family, f"{family}|{key}", user, (say(answer, thought),))
+def simple(
+    family: str, key: str, user: str, answer: str, thought: str = "", *, is_work: bool = False
+) -> Exchange:
+    """An exchange of one question and one answer in text.
+
+    is_work: the thought is needed to find the answer; see ``Exchange``.
+    """
+    return Exchange(family, f"{family}|{key}", user, (say(answer, thought),), is_work)
 
 
 def draw(make: Callable[[random.Random], Exchange], rng: random.Random, split: Split) -> Exchange:

@@ -88,18 +88,12 @@ def drill(rng: random.Random) -> Exchange:
 
 
 def count(rng: random.Random) -> Exchange:
-    """Count aloud; a long count is the way to a long answer."""
-    size = rng.random()
-    # Mostly short: the hard part is to stop, and that is one token of each answer.
-    if size < 0.6:
-        a, b = 1, rng.randint(2, 12)
-    elif size < 0.82:
-        a, b = 1, rng.randint(13, 40)
-    elif size < 0.9:
-        a, b = 1, rng.randint(41, 150)
+    """Count aloud, from one or from another number."""
+    if rng.random() < 0.75:
+        a, b = 1, rng.randint(2, 40)
     else:
-        a = rng.randint(2, 20)
-        b = a + rng.randint(1, 6)
+        a = rng.randint(2, 30)
+        b = a + rng.randint(1, 9)
     wording = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT)
     answer = ", ".join(str(number) for number in range(a, b + 1))
     # To stop at a number one must have seen it as a last one, so the wording decides the split.

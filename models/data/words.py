@@ -29,8 +29,8 @@ WORDS: tuple[str, ...] = _split(
     """
 )
 
-# Sorting needs the order of the words by heart, so it uses every sixth word only.
-SORT_WORDS: tuple[str, ...] = WORDS[::6]
+# Sorting needs the order of the words by heart, so it uses every ninth word only.
+SORT_WORDS: tuple[str, ...] = WORDS[::9]
 
 NAMES: tuple[str, ...] = _split(
     """
