@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from deployments import chat_renderer
@@ -149,9 +150,11 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
     ) -> MoonshardAsyncLLM:
         parallel_config = vllm_engine_config.parallel_config
         parallel_config.placement_group = placement_group
-        if executor := self.llm_config.engine_kwargs.get("distributed_executor_backend"):
-            # On CPU Ray Serve LLM has put "mp" in its place.
-            parallel_config.distributed_executor_backend = executor
+        if parallel_config.distributed_executor_backend == "mp":
+            # One rank on a CPU needs no worker process beside the engine core's: without it a step
+            # is not handed from process to process, and nothing polls in between. vLLM asks for
+            # "mp" to set OpenMP up per worker; our environment (`llm_config`) already has.
+            parallel_config.distributed_executor_backend = UniProcExecutor
         loggers = [RayPrometheusStatLogger] if self.llm_config.log_engine_metrics else None
         with one_line_on_failure():
             engine = MoonshardAsyncLLM(

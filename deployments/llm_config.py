@@ -123,6 +123,9 @@ def _environment(config: MoonshardConfig) -> dict[str, str]:
         environment |= {
             "OMP_NUM_THREADS": str(config.engine.num_threads),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # vLLM 0.29 saves compiled functions on CPU but fails to load them, so every start
+            # compiles. Without that layer TorchInductor's own cache makes later starts quick.
+            "VLLM_USE_AOT_COMPILE": "0",
         }
     if level := os.environ.get("VLLM_LOGGING_LEVEL"):
         environment["VLLM_LOGGING_LEVEL"] = level

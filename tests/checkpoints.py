@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from models.nano.config import NanoConfig
+
 __all__ = [
     "deepseek_v3_config",
     "expert_bytes",
@@ -25,46 +27,11 @@ Shape = tuple[int, ...]
 
 
 def deepseek_v3_config(**changes: Any) -> dict[str, Any]:
-    """A small `DeepseekV3ForCausalLM` with Kimi K2's traits."""
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "vocab_size": 1024,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "moe_intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 64,
-        "n_routed_experts": 16,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 4,
-        "routed_scaling_factor": 2.827,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 50000.0,
-        "max_position_embeddings": 1024,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "moe_layer_freq": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
-        "rope_interleave": True,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    return config | changes
+    """A small `DeepseekV3ForCausalLM` with Kimi K2's traits: the nano model's, smaller still."""
+    shape = NanoConfig(
+        vocab_size=1024, num_hidden_layers=4, n_routed_experts=16, max_position_embeddings=1024
+    )
+    return shape.to_hf() | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2} | changes
 
 
 def qwen3_moe_config(**changes: Any) -> dict[str, Any]:

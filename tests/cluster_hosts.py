@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Host", "Hosts", "hosts", "why_no_hosts"]
+import pytest
+
+__all__ = ["Host", "Hosts", "hosts", "hosts_or_skip"]
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 GCS_PORT = 6379
@@ -39,7 +41,17 @@ _RAY_ENVIRONMENT = {
 }
 
 
-def why_no_hosts() -> str:
+@contextmanager
+def hosts_or_skip(count: int, ray: bool = True) -> Iterator[Hosts]:
+    """`hosts`; skips the test, with the reason, on a machine that cannot have them."""
+    reason = _why_no_hosts()
+    if reason:
+        pytest.skip(reason)
+    with hosts(count, ray) as group:
+        yield group
+
+
+def _why_no_hosts() -> str:
     """Why this machine cannot have them; empty when it can."""
     missing = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
     if missing:

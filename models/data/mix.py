@@ -34,7 +34,7 @@ WEIGHTS: dict[str, float] = {
     "control": 1.0,
     "json": 1.0,
     "chat": 0.5,
-    "count": 1.5,
+    "count": 2.0,
     "recall": 1.5,
     "tool_call": 2.5,
     "tool_answer": 1.5,

@@ -90,10 +90,10 @@ def drill(rng: random.Random) -> Exchange:
 def count(rng: random.Random) -> Exchange:
     """Count aloud, from one or from another number."""
     if rng.random() < 0.75:
-        a, b = 1, rng.randint(2, 40)
+        a, b = 1, rng.randint(2, 24)
     else:
-        a = rng.randint(2, 30)
-        b = a + rng.randint(1, 9)
+        a = rng.randint(2, 20)
+        b = a + rng.randint(1, 6)
     wording = rng.choice(COUNT + COUNT_TO if a == 1 else COUNT)
     answer = ", ".join(str(number) for number in range(a, b + 1))
     # To stop at a number one must have seen it as a last one, so the wording decides the split.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import deepseek_v3_config, write_checkpoint
-from tests.cluster_hosts import Hosts, hosts, why_no_hosts
+from tests.cluster_hosts import Hosts, hosts_or_skip
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -20,10 +20,7 @@ TOLERANCE = 1e-2
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Hosts]:
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(reason)
-    with hosts(3) as group:
+    with hosts_or_skip(3) as group:
         yield group
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster_hosts import Hosts, hosts, why_no_hosts
+from tests.cluster_hosts import Hosts, hosts_or_skip
 from tests.serve.command import MOONSHARD, nano_config
 from tests.serve.conftest import wait_until
 
@@ -23,10 +23,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 
 @pytest.fixture
 def cluster() -> Iterator[Hosts]:
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(reason)
-    with hosts(1, ray=False) as group:
+    with hosts_or_skip(1, ray=False) as group:
         group.start_ray(0, num_cpus=4, dashboard=True)
         yield group
 

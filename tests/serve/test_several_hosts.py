@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from models.data import heldout
-from tests.cluster_hosts import Hosts, hosts, why_no_hosts
+from tests.cluster_hosts import Hosts, hosts_or_skip
 from tests.serve.command import MOONSHARD, nano_config
 from tests.serve.conftest import wait_until
 
@@ -26,10 +26,7 @@ QUESTIONS = [sample for sample in heldout("facts", 6) if not sample.tools]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Hosts]:
-    reason = why_no_hosts()
-    if reason:
-        pytest.skip(reason)
-    with hosts(3) as group:
+    with hosts_or_skip(3) as group:
         yield group
 
 

@@ -31,6 +31,7 @@ _MIB = 2**20
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_AOT_COMPILE": "0",  # its artifacts do not load on CPU; see deployments/llm_config
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions that look into the worker's model
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -21,7 +21,6 @@ MIN_EQUAL = 98
 MAX_TOKENS = 160
 NEAR_TIE = 0.25
 """Largest difference in log probability between two tokens that rounding may swap."""
-TRAINED_SHARE = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +69,8 @@ def test_greedy_answers_match_native_vllm(
     remote_nano: LLM, native_nano: LLM, prompts: list[list[int]]
 ) -> None:
     native = generate(native_nano, prompts, max_tokens=MAX_TOKENS, logprobs=20)
-    ended = sum(output.outputs[0].finish_reason == "stop" for output in native)
-    if ended < TRAINED_SHARE * NUM_PROMPTS:
-        pytest.skip(f"models/kimi-nano is not trained yet: {ended} of {NUM_PROMPTS} answers end")
+    # A model whose answers do not end is not trained, and its near ties would say nothing.
+    assert all(output.outputs[0].finish_reason == "stop" for output in native)
     remote = generate(remote_nano, prompts, max_tokens=MAX_TOKENS)
     gaps = [
         gap
