@@ -10,52 +10,35 @@ the poison counter is raised before anybody can use them.
 from __future__ import annotations
 
 import logging
-import select
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from routing.dispatch_settings import DispatcherSettings
 from routing.engine_state import EngineState
-from routing.exceptions import DeadlineExceeded, ShardRefused, TransportError, WireError
+from routing.exceptions import TransportError
+from routing.exchange import Exchange, as_answered
 from routing.links import ShardLinks
-from routing.pending import Exchange, PendingCombine
+from routing.native_hop import NativeHop
+from routing.pending import PendingCombine
 from routing.split import UNSERVED, Owners, RowSlice, choose_owners, split_by_owner
 from routing.table import RoutingTable, ShardEndpoint
 from routing.table_feed import TableSource
 from routing.tcp import TcpTransport
 from routing.throttle import LogThrottle
 from routing.transport import Transport, deadline_after, remaining_s
-from routing.wire import FrameKind, decode_reply, encode_request, max_rows_per_frame
+from routing.wire import encode_request
 
 __all__ = ["Dispatcher", "DispatcherSettings", "PendingCombine"]
 
 logger = logging.getLogger(__name__)
 
-_RECONNECT_S = 0.2
-_REFUSED_RETRY_S = 1.0
 _TABLE_POLL_S = 0.1
 # What an exchange is given at least, also when the step's recovery time is over: without it a
 # healthy shard that has just come back would be taken for one that hangs.
 _GRACE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class DispatcherSettings:
-    """Times in seconds.
-
-    Attributes:
-        request_timeout_s: longest time for one exchange with a shard.
-        recovery_timeout_s: longest time for which one step waits for experts, in all its layers.
-        token: shared with the shards; None where they want none.
-        connect_timeout_s: longest time to connect to a shard.
-    """
-
-    request_timeout_s: float = 30.0
-    recovery_timeout_s: float = 60.0
-    token: bytes | None = field(default=None, repr=False)
-    connect_timeout_s: float = 2.0
+_NATIVE_COUNTERS = ("bytes_sent", "bytes_received", "wait_ns")
 
 
 class ExpertsUnavailable(Exception):
@@ -70,6 +53,7 @@ class Dispatcher:
         tables: where routing tables come from.
         state: where poison, waiting and the counters go.
         transport: how rows travel.
+        use_native: let native code do what goes well, where it was built and rows travel by TCP.
 
     Attributes:
         counting: whether dispatches are counted; switch it off for profile and warm-up runs.
@@ -81,6 +65,8 @@ class Dispatcher:
         tables: TableSource,
         state: EngineState,
         transport: Transport | None = None,
+        *,
+        use_native: bool = True,
     ) -> None:
         self.counting = True
         self._settings = settings
@@ -89,6 +75,9 @@ class Dispatcher:
         self._links = ShardLinks(
             transport or TcpTransport(), settings.token, settings.connect_timeout_s
         )
+        self._native = NativeHop.load() if use_native and transport is None else None
+        if use_native and self._native is None:
+            logger.warning("the native hop was not built: rows go through Python, more slowly")
         # Dispatchers with different salts spread over the replicas of an expert.
         self._salt = int.from_bytes(np.random.default_rng().bytes(2), "little")
         self._table: RoutingTable | None = None
@@ -115,7 +104,7 @@ class Dispatcher:
         Args:
             layer: checkpoint layer id.
             x: [n, H] bfloat16, float16 or float32, on the CPU. Must stay as it is until
-                `combine` returns: rows may be sent again.
+                `combine` returns: rows may be sent again. The others are copied.
             topk_ids: [n, k] int32 or int64 logical expert ids; -1 asks for nobody.
             topk_weights: [n, k] float32.
             num_rows_counted: rows that the counters see (without padding); all when None.
@@ -124,10 +113,12 @@ class Dispatcher:
         self._abandon(self._open)
         pending = PendingCombine(layer, x, is_counted=self.counting)
         try:
-            pending.take_in(topk_ids, topk_weights)
             self._begin(layer)
             self._open = pending
-            self._send_wave(pending)
+            if not self._send_natively(pending, topk_ids, topk_weights):
+                pending.take_in(topk_ids, topk_weights)
+                self._send_wave(pending)
+                self._count(pending, "python_layers", 1)
         except Exception:
             logger.exception("dispatching layer %d failed", layer)
             pending.is_failed = True
@@ -183,19 +174,53 @@ class Dispatcher:
         self._owners.clear()
         self._state.set("table_version", table.version)
 
+    def _send_natively(
+        self, pending: PendingCombine, ids: torch.Tensor, weights: torch.Tensor
+    ) -> bool:
+        """The whole layer at once, while every shard is well; False when it is not for that."""
+        table = self._table
+        if self._native is None or table is None or not self._links.are_all_well:
+            return False
+        deadline = self._exchange_deadline()
+        owners = self._owners_of(table, pending.layer)
+        asked = self._native.send(
+            pending, ids, weights, table, owners, self._links, self._sequence, deadline
+        )
+        if asked < 0:
+            return False
+        self._sequence = (self._sequence + asked) & 0xFFFFFFFF
+        pending.native_deadline = deadline
+        return True
+
+    def _receive_natively(self, native: NativeHop, pending: PendingCombine) -> torch.Tensor | None:
+        """The layer's answer; None when some rows are left, which are then in `pending.todo`."""
+        table, deadline = self._table, pending.native_deadline
+        assert table is not None
+        assert deadline is not None
+        answer = torch.empty_like(pending.x)
+        is_whole = native.receive(answer, deadline)
+        pending.native_deadline = None
+        for name, amount in zip(_NATIVE_COUNTERS, native.counts(), strict=True):
+            self._count(pending, name, amount)
+        if is_whole:
+            self._gave_up_at = None
+            return answer
+        pending.take_in(*native.asked())
+        pending.next_row = len(pending.x)
+        pending.sum = native.answered()
+        failures = native.failures()
+        started_s = deadline - self._settings.request_timeout_s
+        for part in split_by_owner(pending.whole, self._owners_of(table, pending.layer)):
+            if part.owner in failures:
+                endpoint, error = table.shards[part.owner], failures[part.owner]
+                self._lost(pending, endpoint, part.slice, error, started_s)
+        return None
+
     def _send_wave(self, pending: PendingCombine) -> None:
         """Send as many further rows as frames may hold; most steps are one wave."""
-        num_rows, topk = pending.whole.ids.shape
-        first = pending.next_row
-        size = max_rows_per_frame(pending.x.shape[1], topk)
-        pending.next_row = min(num_rows, first + size)
-        if first == 0 and pending.next_row == num_rows:
-            self._send(pending, pending.whole)
-        elif first < num_rows:
-            rows = np.arange(first, pending.next_row)
-            chosen = slice(first, pending.next_row)
-            whole = pending.whole
-            self._send(pending, RowSlice(rows, whole.ids[chosen], whole.weights[chosen]))
+        wave = pending.next_wave()
+        if wave is not None:
+            self._send(pending, wave)
 
     def _send(self, pending: PendingCombine, wanted: RowSlice) -> None:
         """Send each shard its part; what cannot be sent now is left in `pending.todo`."""
@@ -259,6 +284,11 @@ class Dispatcher:
         return deadline
 
     def _gather(self, pending: PendingCombine) -> torch.Tensor:
+        if pending.native_deadline is not None:
+            assert self._native is not None
+            answer = self._receive_natively(self._native, pending)
+            if answer is not None:
+                return answer
         while True:
             self._receive_all(pending)
             if pending.todo:
@@ -270,53 +300,25 @@ class Dispatcher:
         return pending.answer()
 
     def _receive_all(self, pending: PendingCombine) -> None:
-        exchanges = pending.exchanges
-        if not exchanges:
-            return
-        poller = select.poll()
-        by_descriptor = {}
-        for exchange in exchanges:
-            descriptor = exchange.link.connection.fileno()
-            by_descriptor[descriptor] = exchange
-            poller.register(descriptor, select.POLLIN)
-        while by_descriptor:
-            deadline = min(exchange.deadline for exchange in by_descriptor.values())
-            started_ns = time.perf_counter_ns()
-            ready = poller.poll(remaining_s(deadline) * 1000)
-            self._count(pending, "wait_ns", time.perf_counter_ns() - started_ns)
-            now_s = time.monotonic()
-            for descriptor in [d for d, _ in ready] or [
-                d for d, exchange in by_descriptor.items() if exchange.deadline <= now_s
-            ]:
-                poller.unregister(descriptor)
-                self._receive(pending, by_descriptor.pop(descriptor))
+        for exchange, waited_ns in as_answered(list(pending.exchanges)):
+            if exchange is None:
+                self._count(pending, "wait_ns", waited_ns)
+            else:
+                self._receive(pending, exchange)
 
     def _receive(self, pending: PendingCombine, exchange: Exchange) -> None:
         try:
-            rows = self._receive_rows(pending, exchange)
+            rows, num_bytes = exchange.receive(pending.x.shape[1])
         except TransportError as error:
             pending.exchanges.remove(exchange)
             self._lost(pending, exchange.link.endpoint, exchange.slice, error, exchange.started_s)
             return
         pending.exchanges.remove(exchange)
+        self._count(pending, "bytes_received", num_bytes)
         self._links.answered(exchange.link)
         if self._links.are_all_well:
             self._gave_up_at = None
         pending.add(exchange.slice.rows, rows)
-
-    def _receive_rows(self, pending: PendingCombine, exchange: Exchange) -> torch.Tensor:
-        connection = exchange.link.connection
-        header, body = connection.receive(exchange.deadline)
-        self._count(pending, "bytes_received", body.size)
-        if header.sequence != exchange.sequence:
-            raise WireError(f"{connection.peer} answered another request than it was asked")
-        if header.kind is FrameKind.ERROR:
-            raise ShardRefused(f"{connection.peer}: {body.tobytes().decode(errors='replace')}")
-        rows = decode_reply(header, body)
-        expected = (len(exchange.slice.ids), pending.x.shape[1])
-        if rows.shape != expected:
-            raise WireError(f"{connection.peer} answered {tuple(rows.shape)}, not {expected}")
-        return rows
 
     def _lost(
         self,
@@ -328,14 +330,7 @@ class Dispatcher:
     ) -> None:
         """A shard did not answer: its rows are to be sent again, and it may be left alone."""
         pending.todo.append(wanted)
-        if isinstance(error, ShardRefused):
-            self._links.avoid(endpoint, _REFUSED_RETRY_S)
-        elif isinstance(error, DeadlineExceeded):
-            # As long as it was waited for: so one that hangs costs a step its time once.
-            waited_s = time.monotonic() - started_s
-            self._links.failed(endpoint, error, max(waited_s, _RECONNECT_S))
-        else:
-            self._links.failed(endpoint, error, _RECONNECT_S)
+        self._links.lost(endpoint, error, time.monotonic() - started_s)
         self._log(logging.WARNING, pending.layer, f"rows will be sent again: {error}")
 
     def _log(self, level: int, layer: int, message: str) -> None:
@@ -389,6 +384,10 @@ class Dispatcher:
         for exchange in pending.exchanges:
             self._links.drop(exchange.link.endpoint)
         pending.exchanges.clear()
+        if pending.native_deadline is not None and self._native and self._table:
+            for index in self._native.waiting():
+                self._links.drop(self._table.shards[index])
+            pending.native_deadline = None
         if self._open is pending:
             self._open = None
 

@@ -31,6 +31,7 @@ FIELDS = (
     "combine_ns",
     "retries",
     "reconnects",
+    "python_layers",
 )
 """Names of the fields, in file order.
 
@@ -40,6 +41,7 @@ table_version: newest routing table that the dispatcher uses; 0 before the first
 steps: layer dispatches. rows: token rows of them. bytes_*: payload on the wire.
 dispatch_ns: splitting and sending. wait_ns: waiting for shards. combine_ns: summing.
 retries: rows' groups sent again after a failure. reconnects: connections made again.
+python_layers: layer dispatches that did not go through native code (`routing.native_hop`).
 """
 
 _MAGIC = 0x3154535344524853  # "SHRDSST1"

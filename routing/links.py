@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from routing.exceptions import PeerClosed, TransportError
+from routing.exceptions import DeadlineExceeded, PeerClosed, ShardRefused, TransportError
 from routing.table import ShardEndpoint
 from routing.transport import Connection, Transport, deadline_after
 
@@ -15,6 +15,8 @@ __all__ = ["Link", "ShardLinks"]
 
 _MAX_DOUBLINGS = 4
 _MAX_AVOIDED_S = 30.0
+_RECONNECT_S = 0.2
+_REFUSED_RETRY_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,12 @@ class ShardLinks:
         self._num_failures: dict[ShardEndpoint, int] = {}
         self.num_reconnects = 0
         """Connections made to an endpoint that had one before."""
+        self.generation = 0
+        """Another number whenever a connection was opened or closed."""
+
+    def find(self, endpoint: ShardEndpoint) -> Link | None:
+        """The open link to `endpoint`, if there is one."""
+        return self._links.get(endpoint)
 
     def get(self, endpoint: ShardEndpoint) -> Link:
         """The open link to `endpoint`, made now if need be.
@@ -53,12 +61,14 @@ class ShardLinks:
             self.num_reconnects += endpoint in self._known
             self._known.add(endpoint)
             link = self._links[endpoint] = Link(endpoint, connection)
+            self.generation += 1
         return link
 
     def drop(self, endpoint: ShardEndpoint) -> None:
         """Close the link, if there is one."""
         link = self._links.pop(endpoint, None)
         if link is not None:
+            self.generation += 1
             link.connection.close()
 
     def avoid(self, endpoint: ShardEndpoint, for_s: float) -> None:
@@ -87,6 +97,16 @@ class ShardLinks:
     def are_all_well(self) -> bool:
         """Whether no shard has failed since it last answered."""
         return not self._avoided_until_s
+
+    def lost(self, endpoint: ShardEndpoint, error: TransportError, waited_s: float) -> None:
+        """A shard did not answer what it was asked `waited_s` ago: it may be left alone."""
+        if isinstance(error, ShardRefused):
+            self.avoid(endpoint, _REFUSED_RETRY_S)
+        elif isinstance(error, DeadlineExceeded):
+            # As long as it was waited for: so one that hangs costs a step its time once.
+            self.failed(endpoint, error, max(waited_s, _RECONNECT_S))
+        else:
+            self.failed(endpoint, error, _RECONNECT_S)
 
     def failed(self, endpoint: ShardEndpoint, error: TransportError, retry_s: float) -> None:
         """A link broke. A proven one that was merely closed may be made again at once; any other

@@ -8,25 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from routing.links import Link
+from routing.exchange import Exchange
 from routing.split import RowSlice
-from routing.wire import Bytes, bytes_of
+from routing.wire import Bytes, bytes_of, max_rows_per_frame
 
-__all__ = ["Exchange", "PendingCombine"]
+__all__ = ["PendingCombine"]
 
 _NO_BYTES = np.empty((0, 0), dtype=np.uint8)
 _NO_ROWS = RowSlice(None, np.empty((0, 1), dtype=np.int32), np.empty((0, 1), dtype=np.float32))
-
-
-@dataclass(slots=True, eq=False)
-class Exchange:
-    """A request under way."""
-
-    link: Link
-    slice: RowSlice
-    sequence: int
-    started_s: float
-    deadline: float
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +31,8 @@ class PendingCombine:
         exchanges: requests under way.
         todo: what still has to be sent, or sent again.
         sum: float32 [n, H], the answers so far; None before the first.
+        native_deadline: set while its requests are under way in native code, which then knows
+            `whole`; until when it may wait.
         is_failed: no right answer can come of it.
         is_counted: whether the counters see it.
     """
@@ -54,17 +45,18 @@ class PendingCombine:
     exchanges: list[Exchange] = field(default_factory=list)
     todo: list[RowSlice] = field(default_factory=list)
     sum: torch.Tensor | None = None
+    native_deadline: float | None = None
     is_failed: bool = False
     is_counted: bool = True
 
     def take_in(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """Look at the tensors as arrays, without a copy where their types allow.
+        """Look at the rows as bytes, and copy what is asked for them.
 
         Raises:
             ValueError: their shapes do not fit.
         """
-        ids = np.ascontiguousarray(topk_ids.detach().numpy(), dtype=np.int32)
-        weights = np.ascontiguousarray(topk_weights.detach().float().numpy())
+        ids = np.array(topk_ids.detach().numpy(), dtype=np.int32, order="C")
+        weights = np.array(topk_weights.detach().float().numpy(), order="C")
         num_rows = len(self.x)
         if ids.ndim != 2 or ids.shape != weights.shape or len(ids) != num_rows:
             raise ValueError(
@@ -72,6 +64,19 @@ class PendingCombine:
             )
         self.whole = RowSlice(None, ids, weights)
         self.row_bytes = bytes_of(self.x.detach().contiguous())
+
+    def next_wave(self) -> RowSlice | None:
+        """As many further rows as frames may hold; None when all have been taken."""
+        num_rows, topk = self.whole.ids.shape
+        first = self.next_row
+        self.next_row = min(num_rows, first + max_rows_per_frame(self.x.shape[1], topk))
+        if first == 0 and self.next_row == num_rows:
+            return self.whole
+        if first >= num_rows:
+            return None
+        chosen = slice(first, self.next_row)
+        rows = np.arange(first, self.next_row)
+        return RowSlice(rows, self.whole.ids[chosen], self.whole.weights[chosen])
 
     def add(self, numbers: npt.NDArray[np.int64] | None, rows: torch.Tensor) -> None:
         """Add a shard's answer [m, H] to the rows with these numbers (None: to all)."""

@@ -186,9 +186,7 @@ def _to_host(
     x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     if not x.is_cuda:
-        # The compiler reuses these two buffers behind dispatch (x it keeps until combine), but
-        # rows may have to be sent again.
-        return x, topk_ids.clone(), topk_weights.clone()
+        return x, topk_ids, topk_weights
     tensors = (x, topk_ids, topk_weights)
     pinned = tuple(torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors)
     for target, source in zip(pinned, tensors, strict=True):

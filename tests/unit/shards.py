@@ -115,6 +115,7 @@ class Shards:
         self.tables = StaticTables()
         self.state = EngineState.create(state_path)
         self.dispatcher: Dispatcher | None = None
+        self.use_native = True
         self._version = 0
 
     def start(self, *shard_ids: str, token: bytes | None = None) -> None:
@@ -137,7 +138,7 @@ class Shards:
         """Publish all shards and make the dispatcher."""
         self.tables.publish(self.table())
         settings = DispatcherSettings(token=token, **times)
-        self.dispatcher = Dispatcher(settings, self.tables, self.state)
+        self.dispatcher = Dispatcher(settings, self.tables, self.state, use_native=self.use_native)
         return self.dispatcher
 
     def settled(self) -> dict[str, DataPlaneServer]:

@@ -28,16 +28,18 @@ TOPK = 3
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, use_native: bool) -> Iterator[Shards]:
     with shards(NUM_EXPERTS, 3, tmp_path_factory.mktemp("state") / "state") as made:
+        made.use_native = use_native
         made.start(token=b"t")
         made.connect(token=b"t", recovery_timeout_s=5)
         yield made
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
+def alone(tmp_path_factory: pytest.TempPathFactory, use_native: bool) -> Iterator[Shards]:
     with shards(NUM_EXPERTS, 1, tmp_path_factory.mktemp("state") / "state") as made:
+        made.use_native = use_native
         made.start()
         made.connect()
         yield made
@@ -135,7 +137,8 @@ def test_more_rows_than_a_frame_holds_go_in_waves(
     x, ids, weights = random_routing(25, NUM_EXPERTS, TOPK)
     expected = dense_reference(random_experts(range(NUM_EXPERTS)), 1, x, ids, weights)
     steps = cluster.state.get("steps")
-    monkeypatch.setattr("routing.dispatcher.max_rows_per_frame", lambda hidden, topk: 4)
+    for module in ("pending", "native_hop"):
+        monkeypatch.setattr(f"routing.{module}.max_rows_per_frame", lambda hidden, topk: 4)
     before = {name: s.stats().requests for name, s in cluster.settled().items()}
     assert relative_error(_run(cluster, 1, x, ids, weights), expected) < 1e-5
     after = {name: s.stats().requests for name, s in cluster.settled().items()}

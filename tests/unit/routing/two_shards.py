@@ -18,7 +18,7 @@ from tests.unit.shards import (
 NUM_EXPERTS = 6
 X, _, WEIGHTS = random_routing(8, NUM_EXPERTS, 3)
 # Every row asks both shards (0..2 and 3..5).
-IDS = torch.tensor([[i % 3, 3 + i % 3, (i + 1) % 3] for i in range(8)])
+IDS = torch.tensor([[i % 3, 3 + i % 3, (i + 1) % 3] for i in range(8)], dtype=torch.int32)
 EXPECTED = dense_reference(random_experts(range(NUM_EXPERTS)), 1, X, IDS, WEIGHTS)
 
 
