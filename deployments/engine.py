@@ -7,7 +7,10 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.llm._internal.serve.engines.vllm.vllm_engine import (
+    VLLMEngine,
+    _clear_current_platform_cache,
+)
 from ray.serve.llm import LLMConfig
 from vllm.outputs import STREAM_FINISHED
 from vllm.sampling_params import SamplingParams
@@ -148,6 +151,7 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
     def _start_async_llm_engine(
         self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any
     ) -> MoonshardAsyncLLM:
+        _clear_current_platform_cache()  # as the base class does
         parallel_config = vllm_engine_config.parallel_config
         parallel_config.placement_group = placement_group
         if parallel_config.distributed_executor_backend == "mp":

@@ -57,7 +57,7 @@ _FIELD_RULES = {
     "response_format": "text, json_object, or json_schema with a valid schema",
     "structured_outputs": "one valid constraint, without tool_choice",
     "truncate_prompt_tokens": "a whole number within the model's context",
-    "chat_template_kwargs": "an object without chat_template and tokenize",
+    "chat_template_kwargs": "an object of the chat template's own variables",
     "priority": "left out",
     "suffix": "left out: it is not supported",
     "echo": "true or false, without prompt embeddings",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from http import HTTPStatus
 from typing import Protocol
 
 from vllm.exceptions import GenerationError
@@ -25,7 +26,7 @@ __all__ = ["ExpertsGuard", "ExpertsUnavailable", "GuardedEngineClient"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_RECOVERY_TIMEOUT_S = 120.0
+_RECOVERY_MARGIN_S = 60.0
 
 
 class ExpertsUnavailable(GenerationError):  # type: ignore[misc]
@@ -34,7 +35,8 @@ class ExpertsUnavailable(GenerationError):  # type: ignore[misc]
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.status_code = 503
+        # vLLM wants an enum here, not a number: it asks for its `value`.
+        self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class GuardedEngineClient(Protocol):
@@ -52,10 +54,13 @@ class ExpertsGuard:
 
     Args:
         state: shared with the engine worker, which writes it.
+        step_timeout_s: longest time for which a step may still wait for experts: until then
+            blocks of aborted requests are in use.
     """
 
-    def __init__(self, state: EngineState) -> None:
+    def __init__(self, state: EngineState, step_timeout_s: float = 60.0) -> None:
         self._state = state
+        self._recovery_timeout_s = step_timeout_s + _RECOVERY_MARGIN_S
         self._acknowledged = 0
         self._table_reason = "its experts are still loading"
         self._failure = ""
@@ -108,13 +113,14 @@ class ExpertsGuard:
                 try:
                     await self._recover(engine)
                 except Exception as error:
+                    logger.exception("the replica cannot recover and must be replaced")
                     self._failure = "its prefix cache could not be emptied after an outage"
                     raise RuntimeError(self._failure) from error
             await asyncio.sleep(_POLL_S)
 
     async def _recover(self, engine: GuardedEngineClient) -> None:
         started = time.monotonic()
-        async with asyncio.timeout(_RECOVERY_TIMEOUT_S):
+        async with asyncio.timeout(self._recovery_timeout_s):
             logger.error(
                 "experts were unreachable: ending all requests and emptying the prefix cache"
             )

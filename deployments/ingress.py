@@ -15,7 +15,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     CompletionRequest,
     ErrorResponse,
 )
-from ray.serve.exceptions import BackPressureError
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _DONE_EVENT = "data: [DONE]\n\n"
 _READY_TIMEOUT_S = 5.0
+_READY_MEMORY_S = 60.0
 _FORWARDED_HEADERS = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 
 
@@ -62,6 +64,7 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         self._max_body_bytes = max_body_bytes
         self._request_timeout_s = request_timeout_s
         self._created = int(time.time())
+        self._was_ready_at = float("-inf")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -99,11 +102,15 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         handle: Any = next(iter(self._default_serve_handles.values()))
         try:
             answer = await asyncio.wait_for(handle.readiness.remote(), _READY_TIMEOUT_S)
-        except TimeoutError:
-            return "the router is still starting, or too busy to say"
-        except (RayError, BackPressureError) as error:
+        except (TimeoutError, BackPressureError):
+            # The question waits in line like any request: a router at its limit is not unready.
+            is_known = time.monotonic() - self._was_ready_at < _READY_MEMORY_S
+            return "" if is_known else "the router is still starting, or too busy to say"
+        except (RayError, RayServeException) as error:
             logger.warning("the router did not say whether it is ready: %r", error)
             return "the router is not there"
+        if not answer["reason"]:
+            self._was_ready_at = time.monotonic()
         return str(answer["reason"])
 
     async def _get_model_id(self, model: str | None) -> str:
@@ -116,50 +123,87 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
 
     async def _answer(self, request: Request, method: str, request_cls: type[Any]) -> Response:
         deadline = asyncio.get_running_loop().time() + self._request_timeout_s
-        body = parse_request(request_cls, await read_json(request, self._max_body_bytes))
-        items = self._get_response(
-            body=body, call_method=method, raw_request=without_credentials(request)
-        )
         try:
             async with asyncio.timeout_at(deadline):
-                first = await anext(items)
+                data = await read_json(request, self._max_body_bytes)
+                items = self._get_response(
+                    body=parse_request(request_cls, data),
+                    call_method=method,
+                    raw_request=without_credentials(request),
+                )
+                first = await _first_of(items)
         except TimeoutError:
             raise timed_out(self._request_timeout_s) from None
         except ApiError:
             raise
         except Exception as error:  # noqa: BLE001 - the process boundary; _failure logs it
             raise _failure(error) from None
-        head = first[0] if isinstance(first, list) else first
-        if isinstance(head, ErrorResponse):
-            raise to_api_error(head)
-        if not isinstance(first, list):
-            return JSONResponse(first.model_dump())
-        events = self._events(first, items, deadline)
-        return StreamingResponse(events, media_type="text/event-stream")
+        if isinstance(first, list):
+            events = self._events(first, items, deadline)
+            return StreamingResponse(events, media_type="text/event-stream")
+        await items.aclose()
+        if isinstance(first, ErrorResponse):
+            raise to_api_error(first)
+        return JSONResponse(first.model_dump())
+
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncGenerator[Any, None]:
+        # As the base class has it, but a request that is given up (timeout, a caller that hangs
+        # up) is cancelled in the replica too: it would go on to its last token there.
+        handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
+        info = RawRequestInfo.from_starlette_request(raw_request) if raw_request else None
+        response = getattr(handle, call_method).remote(body, info)
+        is_done = False
+        try:
+            async for item in response:
+                yield item
+            is_done = True
+        finally:
+            if not is_done:
+                response.cancel()
 
     async def _events(
         self, first: list[str], items: AsyncGenerator[Any, None], deadline: float
     ) -> AsyncGenerator[str, None]:
-        yield "".join(first)
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    batch = await anext(items, None)
-            except TimeoutError:
-                yield timed_out(self._request_timeout_s).event() + _DONE_EVENT
-                return
-            except Exception as error:  # noqa: BLE001 - the process boundary; _failure logs it
-                yield _failure(error).event() + _DONE_EVENT
-                return
-            if batch is None:
-                return
-            yield "".join(batch)
+        try:
+            yield "".join(first)
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        batch = await anext(items, None)
+                except TimeoutError:
+                    yield timed_out(self._request_timeout_s).event() + _DONE_EVENT
+                    return
+                except Exception as error:  # noqa: BLE001 - the process boundary; _failure logs it
+                    yield _failure(error).event() + _DONE_EVENT
+                    return
+                if batch is None:
+                    return
+                yield "".join(batch)
+        finally:
+            await items.aclose()
+
+
+async def _first_of(items: AsyncGenerator[Any, None]) -> Any:
+    """The first item, or, where it is an error, that alone; closes `items` when it fails."""
+    try:
+        first = await anext(items)
+    except BaseException:
+        await items.aclose()
+        raise
+    if isinstance(first, list) and isinstance(first[0], ErrorResponse):
+        return first[0]
+    return first
 
 
 def _failure(error: Exception) -> ApiError:
     """What a caller hears when the way to the router fails."""
     if isinstance(error, BackPressureError):
         return experts_unavailable("it is overloaded")
+    if isinstance(error, RayServeException):
+        logger.warning("the router is not there: %r", error)
+        return experts_unavailable("the router is not there")
     if isinstance(error, RayError):
         logger.error("the router failed to answer: %s", type(error).__name__, exc_info=error)
         return internal_error()

@@ -11,12 +11,13 @@ from ray.serve.llm import LLMConfig
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
 
-__all__ = ["ROUTER_NAME", "LocalCheckpoint", "build_llm_config", "device_of"]
+__all__ = ["ROUTER_NAME", "LocalCheckpoint", "build_llm_config", "device_of", "replica_cpus"]
 
 ROUTER_NAME = "router"
 """Serve deployment of the router replicas."""
 
 _MIN_CPUS = 0.001
+_MAX_CHOICES = 128  # OpenAI's own limit
 _LOOK_BACK_S = 30.0
 _SHUTDOWN_POLL_S = 1.0
 _HEALTH_PERIOD_S = 5.0
@@ -36,6 +37,12 @@ def device_of(config: MoonshardConfig) -> str:
     if config.engine.device != "auto":
         return config.engine.device
     return "cuda" if config.router.num_gpus > 0 else "cpu"
+
+
+def replica_cpus(config: MoonshardConfig) -> float:
+    """Logical CPUs that Ray reserves for a router replica, its engine included."""
+    engine_cpus = _MIN_CPUS if device_of(config) == "cpu" else 0.0
+    return config.router.num_cpus + engine_cpus
 
 
 def build_llm_config(config: MoonshardConfig) -> LLMConfig:
@@ -117,6 +124,8 @@ def _environment(config: MoonshardConfig) -> dict[str, str]:
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.router.start_timeout_s)),
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Choices of one request (`n`): each takes a sequence of the engine's.
+        "VLLM_MAX_N_SEQUENCES": str(_MAX_CHOICES),
     }
     if device_of(config) == "cpu":
         # Busy-waiting threads of several processes on the same few cores ruin latency.

@@ -7,16 +7,20 @@ import logging
 import os
 import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from cluster.client import ensure_controller
 from cluster.config import MoonshardConfig
 from deployments.guard import ExpertsGuard
 from deployments.table_relay import TableRelay
+from monitoring.metrics import RouterMetrics
 from routing.engine_state import EngineState
+from routing.native_hop import NativeHop
 from routing.table_feed import TableFeedServer
 from routing.vllm_plugin import PluginSettings, engine_overrides
 
@@ -26,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _CONTROLLER_TIMEOUT_S = 60.0
 _LOOPBACK = "127.0.0.1"
+_PREFIX = "moonshard-"
 
 
 class RemoteExperts:
@@ -40,10 +45,14 @@ class RemoteExperts:
         self._config = config
         self._device = device
         folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-        stem = f"moonshard-{os.getpid()}-{secrets.token_hex(4)}"
+        _remove_leftovers(folder)
+        stem = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self._token_path = folder / f"{stem}.token"
         self.state = EngineState.create(folder / f"{stem}.state")
-        self.guard = ExpertsGuard(self.state)
+        dispatch = config.dispatch
+        self.guard = ExpertsGuard(
+            self.state, dispatch.recovery_timeout_s + dispatch.request_timeout_s
+        )
         self._feed: TableFeedServer | None = None
         self._relay: TableRelay | None = None
         self._baseline: dict[str, int] = {}
@@ -62,8 +71,9 @@ class RemoteExperts:
 
     def engine_started(self) -> None:
         """The engine has opened the files: their names may go, so that nothing can be left."""
-        self.state.unlink()
-        self._token_path.unlink(missing_ok=True)
+        self._remove_files()
+        # The worker, which is no Ray process, says the same in its log.
+        RouterMetrics().hop_chosen(is_fallback=not NativeHop.is_built())
 
     def warmed_up(self) -> None:
         """From here on dispatches count as those of users."""
@@ -104,6 +114,10 @@ class RemoteExperts:
         )
         return {"additional_config": settings, **engine_overrides(self._device)}
 
+    def _remove_files(self) -> None:
+        self.state.unlink()
+        self._token_path.unlink(missing_ok=True)
+
     def _write_token(self, token: bytes) -> str:
         descriptor = os.open(self._token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -115,5 +129,15 @@ class RemoteExperts:
             self._relay.close()
         if self._feed is not None:
             self._feed.close()
-        self.engine_started()
+        self._remove_files()
         self.state.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Files of replicas that were killed while their engine started: nobody else removes them."""
+    for file in folder.glob(f"{_PREFIX}*-*.*"):
+        pid = file.name.removeprefix(_PREFIX).split("-")[0]
+        with suppress(OSError):
+            is_ours = pid.isdecimal() and file.stat().st_uid == os.getuid()
+            if is_ours and not psutil.pid_exists(int(pid)):
+                file.unlink()

@@ -28,6 +28,12 @@ _REFUSED_FIELDS = (
     *("kv_transfer_params", "ec_transfer_params", "prompt_embeds", "vllm_xargs"),
     "chat_template",
 )
+# Of the template's own call; the rest of `chat_template_kwargs` are the template's variables.
+_RESERVED_VARIABLES = {
+    *("model_config", "tokenizer", "conversation", "chat_template", "tokenize"),
+    *("return_dict", "return_tensors", "return_assistant_tokens_mask"),
+}
+_INT64 = range(-(2**63), 2**63)
 _CONTENT_ROLES = ROLES - {"assistant"}
 
 
@@ -58,6 +64,12 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
     for field in _REFUSED_FIELDS:
         if data.get(field) is not None:
             raise bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
+    for field, value in data.items():
+        if type(value) is int and value not in _INT64 and field in model_cls.model_fields:
+            raise from_engine(400, "", field)
+    variables = data.get("chat_template_kwargs")
+    if isinstance(variables, dict) and _RESERVED_VARIABLES & variables.keys():
+        raise from_engine(400, "", "chat_template_kwargs")
     try:
         request = model_cls.model_validate(data)
         if isinstance(request, ChatCompletionRequest):

@@ -59,7 +59,8 @@ class Router(LLMServer):  # type: ignore[misc]
                 self._recovery = asyncio.create_task(
                     self._experts.guard.run(self.engine.client), name="recovery"
                 )
-            await warm_up(self.engine, self._config.model.id)
+            async with asyncio.timeout(self._config.router.start_timeout_s):
+                await warm_up(self.engine, self._config.model.id)
             if self._experts is not None:
                 self._experts.warmed_up()
         except BaseException:

@@ -115,9 +115,9 @@ class TableRelay:
         if data is None:
             return
         table = RoutingTable.from_bytes(data)
-        self._version = table.version
         for sink in self._sinks:
             sink(table)
+        self._version = table.version
         logger.info(
             "routing table %d: %d shards, %s",
             table.version,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Gauge
 
-__all__ = ["ShardMetrics"]
+__all__ = ["RouterMetrics", "ShardMetrics"]
 
 
 class ShardMetrics:
@@ -30,3 +30,17 @@ class ShardMetrics:
     def kernel_chosen(self, kernel: str, *, is_fallback: bool) -> None:
         """Take note of the expert kernel that the shard runs."""
         self._kernel_fallback.set(float(is_fallback), tags={**self._labels, "kernel": kernel})
+
+
+class RouterMetrics:
+    """What a router replica tells about itself."""
+
+    def __init__(self) -> None:
+        self._hop_fallback = Gauge(
+            "moonshard_router_hop_fallback",
+            "1 while rows go to the shards through Python because the native hop was not built.",
+        )
+
+    def hop_chosen(self, *, is_fallback: bool) -> None:
+        """Take note of how the engine's dispatcher sends its rows."""
+        self._hop_fallback.set(float(is_fallback))

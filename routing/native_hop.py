@@ -101,6 +101,11 @@ class NativeHop:
         self._shape = (0, 0, 0)
         self._counts = (c_int64 * 3)()
 
+    @staticmethod
+    def is_built() -> bool:
+        """Whether `load` gives one."""
+        return _load_library() is not None
+
     @classmethod
     def load(cls) -> NativeHop | None:
         """None where the library was not built."""

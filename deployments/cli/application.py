@@ -16,10 +16,11 @@ from cluster.client import controller_status, stop_controller
 from cluster.exceptions import MoonshardError
 from cluster.fleet import plan_fleet
 from cluster.placement_groups import Demand, check_room
-from cluster.ray_adapter import list_nodes, log_folder
+from cluster.ray_adapter import list_nodes, log_folder, serve_is_running
 from deployments.app import build, build_native
 from deployments.cli.progress import Progress
 from deployments.cli.serve_file import ServeFile
+from deployments.llm_config import replica_cpus
 
 __all__ = ["Application", "StartFailed"]
 
@@ -47,16 +48,23 @@ class Application:
         self._owns_node = owns_node
         self._say = say
         self._progress = Progress(say)
+        self._is_ours = False
 
     def start(self) -> None:
         """Deploy, and wait until it takes traffic.
 
         Raises:
             PlacementFailedError: the cluster is too small.
-            StartFailed: it did not come up; says why.
+            StartFailed: it did not come up, or somebody else's has its name; says why.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        if serve_is_running() and self._overview() is not None:
+            raise StartFailed(
+                f"an application named {self._file.name!r} runs on this cluster already; stop it "
+                "first (`moonshard stop`), or give applications[0].name another name"
+            )
         self._check_room()
+        self._is_ours = True
         serve.start(
             proxy_location=self._file.proxy_location,
             http_options=self._file.http_options,
@@ -102,8 +110,11 @@ class Application:
     def stop(self, drain_s: float) -> None:
         """Take the application down, then shards and controller; running answers get `drain_s`.
 
-        On a cluster of others Serve goes too, unless it serves something else.
+        On a cluster of others Serve goes too, unless it serves something else. Nothing is taken
+        down that this process has not deployed.
         """
+        if not self._is_ours:
+            return
         try:
             serve.delete(self._file.name, _blocking=False)
             deadline = time.monotonic() + drain_s
@@ -112,7 +123,9 @@ class Application:
             is_drained = self._overview() is None
             if not is_drained:
                 self._say("answers still under way are cut off")
-            stop_controller(self._file.config.shards.drain_timeout_s if is_drained else 0)
+            status = controller_status()
+            if status is not None and status["application"] in ("", self._file.name):
+                stop_controller(self._file.config.shards.drain_timeout_s if is_drained else 0)
             if not self._owns_node and not serve.status().applications:
                 serve.shutdown()
         except (RayError, RayServeException, ConnectionError) as error:
@@ -121,7 +134,7 @@ class Application:
 
     def _check_room(self) -> None:
         router, http = self._file.config.router, self._file.config.http
-        replica = {"CPU": router.num_cpus, "GPU": router.num_gpus}
+        replica = {"CPU": replica_cpus(self._file.config), "GPU": router.num_gpus}
         check_room(
             [
                 *([self._shard_demand()] if self._file.remote_experts else []),
@@ -158,7 +171,10 @@ class Application:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self._file.url}/ready", timeout=5).status_code == httpx.codes.OK
+            # Our own server: neither through a proxy of the environment's, nor is its certificate,
+            # which is made out to the name that clients use, of interest here.
+            answer = httpx.get(f"{self._file.url}/ready", timeout=5, trust_env=False, verify=False)
+            return answer.status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 

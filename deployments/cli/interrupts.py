@@ -11,12 +11,24 @@ __all__ = ["Interrupted", "catch_interrupts", "ignore_interrupts"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-class Interrupted(BaseException):
-    """A signal asked the program to end. No `Exception`: handlers for those must not eat it."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end.
+
+    A `KeyboardInterrupt`, because Ray's blocking calls swallow whatever else a signal's handler
+    raises; for that one they raise a plain one of their own. So catch `KeyboardInterrupt`, and ask
+    `of` which signal it was.
+    """
+
+    last_number = int(signal.SIGINT)
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+    @classmethod
+    def of(cls, error: KeyboardInterrupt) -> Interrupted:
+        """What was raised in the handler, also where Ray has put its own in the place."""
+        return error if isinstance(error, Interrupted) else cls(cls.last_number)
 
 
 def catch_interrupts() -> None:
@@ -35,4 +47,5 @@ def ignore_interrupts() -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
+    Interrupted.last_number = number
     raise Interrupted(number)

@@ -31,10 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoonshardError as error:
         print(f"moonshard: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except Interrupted as interrupt:
-        return 128 + interrupt.number
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + Interrupted.of(error).number
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -64,7 +64,8 @@ def _run(application: Application, file: ServeFile) -> int:
         _say(f"ready in {time.monotonic() - started:.0f} s")
         _explain(file)
         application.watch()
-    except Interrupted as interrupt:
+    except KeyboardInterrupt as error:
+        interrupt = Interrupted.of(error)
         _refuse_dead_node(interrupt)
         _say(f"{interrupt}: stopping (up to {_DRAIN_S:.0f} s; once more: at once)")
         _stop(application)
@@ -86,7 +87,7 @@ def _refuse_dead_node(interrupt: Interrupted) -> None:
 def _stop(application: Application) -> None:
     try:
         application.stop(_DRAIN_S)
-    except Interrupted:
+    except KeyboardInterrupt:
         _say("stopping at once")
 
 

@@ -93,9 +93,12 @@ class ServeFile:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine finds the server."""
+        """Where a client on this machine finds the application."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        scheme = "https" if self.http_options.get("ssl_certfile") else "http"
+        root = str(self.http_options.get("root_path", "")).rstrip("/")
+        prefix = root + self.route_prefix.rstrip("/")
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{prefix}"
 
 
 def load_serve_file(path: Path) -> ServeFile:

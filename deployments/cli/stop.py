@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 
 from cluster import ray_node
@@ -11,6 +13,7 @@ from deployments.cli.instances import find_instance
 __all__ = ["stop_command"]
 
 _STOP_TIMEOUT_S = 60.0
+_POLL_S = 0.5
 
 
 def stop_command(port: int | None, address: str | None) -> int:
@@ -48,8 +51,16 @@ def _stop_on_cluster(address: str) -> int:
         status = controller_status()
         if status is None:
             raise MoonshardError(f"nothing of Moonshard's runs on {address}")
-        if status["application"]:
-            serve.delete(status["application"])
+        if name := status["application"]:
+            serve.delete(name, _blocking=False)
+            deadline = time.monotonic() + _STOP_TIMEOUT_S
+            while name in serve.status().applications:
+                if time.monotonic() > deadline:
+                    raise MoonshardError(
+                        f"the application {name!r} still answers requests after "
+                        f"{_STOP_TIMEOUT_S:g} s; it ends with the last of them, its shards after it"
+                    )
+                time.sleep(_POLL_S)
         stop_controller()
     finally:
         ray_node.disconnect()

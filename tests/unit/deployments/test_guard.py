@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -153,3 +154,12 @@ async def test_a_recovery_that_fails_makes_the_replica_unhealthy(
     with pytest.raises(RuntimeError, match="prefix cache"):
         guard.check_health()
     assert guard.refusal()
+
+
+def test_vllm_can_put_the_refusal_into_a_stream() -> None:
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    serving = object.__new__(GenerateBaseServing)  # of its state, the conversion needs nothing
+    event = serving._convert_generation_error_to_streaming_response(ExpertsUnavailable("gone"))
+    error = json.loads(event)["error"]
+    assert (error["code"], error["message"]) == (503, "gone")
