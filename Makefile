@@ -15,7 +15,7 @@ serve: setup  ## Serve the shipped nano model at http://127.0.0.1:8000/v1 (foreg
 	@exec moonshard serve $(CONFIG)
 
 test: setup  ## Run all tests
-	pytest
+	@scripts/test
 
 test-unit: setup  ## Run the fast tests only
 	pytest tests/unit tests/models

@@ -51,11 +51,11 @@ def _watch(parent: psutil.Process) -> set[psutil.Process]:
     """All descendants seen until the parent is gone; none when it dismissed us."""
     seen: set[psutil.Process] = set()
     while True:
+        with suppress(psutil.NoSuchProcess):
+            seen.update(parent.children(recursive=True))
         readable, _, _ = select.select([sys.stdin.fileno()], [], [], _LOOK_S)
         if readable:
             return set() if os.read(sys.stdin.fileno(), 1) == _DISMISSED else seen
-        with suppress(psutil.NoSuchProcess):
-            seen.update(parent.children(recursive=True))
 
 
 def _main() -> None:

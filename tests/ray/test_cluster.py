@@ -110,15 +110,17 @@ def test_a_dead_host_is_replaced_by_those_that_are_left(cluster: Hosts, checkpoi
         assert lines[-1], "".join(lines)
     assert json.loads(lines[-1])["host"] == cluster.members[2].ip
     cluster.kill(2)
-    output, _ = driver.communicate(timeout=120)
+    try:
+        output, _ = driver.communicate(timeout=120)
+    finally:
+        cluster.boot(2)
+        cluster.start_ray(2)
     assert driver.returncode == 0, output[-4000:]
     told = json.loads(output.strip().splitlines()[-1])
     assert len(told["lost"]) == 1
     assert len(told["hosts_after"]) == 3
     assert cluster.members[2].ip not in told["hosts_after"]
     assert told["error"] < TOLERANCE
-    cluster.boot(2)
-    cluster.start_ray(2)
 
 
 def test_a_shard_that_fits_nowhere_fails_with_one_line(cluster: Hosts, checkpoint: Path) -> None:

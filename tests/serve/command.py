@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from cluster.config import REPO_ROOT
 __all__ = ["MOONSHARD", "Command", "nano_config", "running"]
 
 MOONSHARD = Path(sys.executable).with_name("moonshard")
-_LOOK_S = 0.1
+_LOOK_S = 0.3
 
 
 def nano_config(folder: Path, port: int, args: dict[str, dict[str, Any]] | None = None) -> Path:
@@ -72,6 +73,11 @@ class Command:
     def end(self, number: int, timeout_s: float = 60.0) -> int:
         """Send a signal, wait for the exit status."""
         self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+    def press_ctrl_c(self, timeout_s: float = 60.0) -> int:
+        """SIGINT to the whole process group, as a terminal sends it; wait for the exit status."""
+        os.killpg(self.process.pid, signal.SIGINT)
         return self.process.wait(timeout_s)
 
     def left_running(self, timeout_s: float) -> list[str]:

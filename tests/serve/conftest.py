@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,16 @@ import pytest
 import yaml
 
 from cluster.config import REPO_ROOT
+from deployments.cli.instances import find_instance
 
 MOONSHARD = Path(sys.executable).with_name("moonshard")
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
+RECOVERY_TIMEOUT_S = 30
 MODEL = "kimi-nano"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """A running application.
 
@@ -35,11 +40,15 @@ class Server:
         port: of its HTTP server.
         process: `moonshard serve`.
         log: what it says.
+        checkpoint: the model's folder, its own copy.
     """
 
     port: int
     process: subprocess.Popen[bytes]
     log: Path
+    checkpoint: Path
+    _reader: subprocess.Popen[str] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def url(self) -> str:
@@ -57,11 +66,15 @@ class Server:
         )
 
     def status(self) -> dict[str, Any]:
-        """`moonshard status --json`."""
-        command = [str(MOONSHARD), "status", "--json", "--port", str(self.port)]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert finished.stdout, f"no status: {finished.stderr}"
-        status: dict[str, Any] = json.loads(finished.stdout)
+        """What `moonshard status --json` says, without a new process for every question."""
+        with self._lock:
+            reader = self._status_reader()
+            assert reader.stdin is not None
+            assert reader.stdout is not None
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            status: dict[str, Any] = json.loads(reader.stdout.readline())
+        assert "error" not in status, status["error"]
         return status
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -76,6 +89,30 @@ class Server:
         except httpx.HTTPError:
             return False
 
+    def stop(self) -> None:
+        """SIGINT, and a kill of its whole session should that not do."""
+        if self._reader is not None:
+            self._reader.communicate(timeout=30)
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+            pytest.fail(f"the server did not stop:\n{self.log.read_text()[-4000:]}")
+
+    def _status_reader(self) -> subprocess.Popen[str]:
+        if self._reader is None:
+            address = find_instance(self.port).address
+            self._reader = subprocess.Popen(
+                [sys.executable, "-m", "tests.serve.status_reader", address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=REPO_ROOT,
+            )
+        return self._reader
+
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, message: str) -> None:
     """Poll until the condition holds; fails after `timeout_s`."""
@@ -86,18 +123,26 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, message: str) ->
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Below those that the kernel hands out: Ray takes dozens of these before Serve binds ours."""
+    while True:
+        port = random.randint(18_000, 28_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def start_server(folder: Path, changes: dict[str, dict[str, Any]]) -> Server:
     """Serve configs/nano.yaml with some sections of its args changed; not ready yet."""
+    checkpoint = folder / "kimi-nano"
+    shutil.copytree(REPO_ROOT / "models" / "kimi-nano", checkpoint)
     document = yaml.safe_load((REPO_ROOT / "configs" / "nano.yaml").read_text())
     port = free_port()
     document["http_options"]["port"] = port
     args = document["applications"][0]["args"]
-    for section, values in changes.items():
+    for section, values in ({"model": {"path": str(checkpoint)}} | changes).items():
         args[section] = {**args.get(section, {}), **values}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document))
@@ -110,18 +155,7 @@ def start_server(folder: Path, changes: dict[str, dict[str, Any]]) -> Server:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    return Server(port, process, log)
-
-
-def stop_server(server: Server) -> None:
-    """SIGINT, and a kill of its whole session should that not do."""
-    server.process.send_signal(signal.SIGINT)
-    try:
-        server.process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
-        pytest.fail(f"the server did not stop:\n{server.log.read_text()[-4000:]}")
+    return Server(port, process, log, checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -136,15 +170,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                 "downscale_delay_s": 5,
             }
         },
-        "dispatch": {"recovery_timeout_s": 40},
-        "ray": {"num_cpus": 4},
+        "dispatch": {"recovery_timeout_s": RECOVERY_TIMEOUT_S},
     }
     server = start_server(tmp_path_factory.mktemp("serve"), changes)
     try:
         server.wait_until_ready(START_TIMEOUT_S)
         yield server
     finally:
-        stop_server(server)
+        server.stop()
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_a_control_token_in_a_message_is_copied_back_as_text(client: openai.Open
     samples = [sample for sample in heldout("control", 40) if "<|im_end|>" in str(sample.expected)][
         :4
     ]
-    assert samples
+    assert len(samples) == 4
     right = 0
     for sample in samples:
         message = ask(client, sample).choices[0].message

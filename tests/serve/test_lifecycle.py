@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cluster.config import REPO_ROOT
-from tests.serve.command import MOONSHARD, Command, nano_config, running
+from tests.serve.command import MOONSHARD, nano_config, running
 from tests.serve.conftest import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
@@ -84,12 +84,18 @@ def test_a_node_that_is_too_small_is_one_line_and_leaves_nothing(tmp_path: Path)
         assert not command.left_running(10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, number: int) -> None:
+def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     with running(*start(tmp_path)) as command:
         command.await_output("loading the experts", START_S)
-        assert command.end(number, STOP_S) == 128 + number
+        assert command.end(signal.SIGTERM, STOP_S) == 128 + signal.SIGTERM
         assert not command.left_running(10)
+
+
+def test_one_that_is_killed_cannot_clean_up_and_yet_leaves_nothing(tmp_path: Path) -> None:
+    with running(*start(tmp_path)) as command:
+        command.await_output("starting the engine", START_S)
+        command.end(signal.SIGKILL)
+        assert not command.left_running(60)
 
 
 def test_a_node_that_dies_takes_everything_with_it(tmp_path: Path) -> None:
@@ -131,15 +137,10 @@ def test_serving_ends_without_a_trace_and_starts_again_at_once(tmp_path: Path) -
         command.await_output("ready in", START_S)
         assert ask(port) == httpx.codes.OK
         assert piped_chat(port).stdout.strip()
-        assert command.end(signal.SIGINT, STOP_S) == 0
+        assert command.press_ctrl_c(STOP_S) == 0
         assert not command.left_running(10)
     with running(config, log) as command:
         command.await_output("ready in", START_S)
         assert ask(port) == httpx.codes.OK
-        check_kill(command)
-
-
-def check_kill(command: Command) -> None:
-    """Killed, it cannot clean up; yet its processes follow it by themselves."""
-    command.end(signal.SIGKILL)
-    assert not command.left_running(60)
+        assert command.end(signal.SIGTERM, STOP_S) == 0
+        assert not command.left_running(10)

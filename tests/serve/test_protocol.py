@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 
+from models.nano.vocab import SPECIAL_IDS
 from tests.serve.conftest import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -181,8 +182,8 @@ def test_a_schema_shapes_the_answer(client: openai.OpenAI) -> None:
     assert isinstance(content["ok"], bool)
 
 
-def test_the_first_token_arrives_before_the_last_is_made(server: Server) -> None:
-    """Structure, not time: the first event is there while the answer still grows."""
+def test_the_first_token_is_sent_alone_and_at_once(server: Server) -> None:
+    """Structure, not time: a stream that waited for more would bring several at first."""
     body = {
         "model": MODEL,
         "prompt": "count",
@@ -192,10 +193,12 @@ def test_the_first_token_arrives_before_the_last_is_made(server: Server) -> None
         "temperature": 0,
     }
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-        first = next(response.iter_lines())
+        first = next(response.iter_raw()).decode()
     # Closing here cut the stream off: 2000 tokens cannot have been made yet.
     assert first.startswith("data: {")
-    assert json.loads(first.removeprefix("data: "))["choices"][0]["finish_reason"] is None
+    assert first.count("data: ") <= 2
+    event = json.loads(first.splitlines()[0].removeprefix("data: "))
+    assert event["choices"][0]["finish_reason"] is None
 
 
 def test_the_server_goes_on_after_callers_hang_up(server: Server, client: openai.OpenAI) -> None:
@@ -210,6 +213,24 @@ def test_the_server_goes_on_after_callers_hang_up(server: Server, client: openai
         next(iter(stream))
         stream.close()
     assert client.chat.completions.create(model=MODEL, messages=QUESTION).choices
+
+
+def control_ids(client: openai.OpenAI, text: str) -> list[int]:
+    """The control tokens of the prompt that a message with this text becomes."""
+    answer: Any = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": text}],
+        max_tokens=1,
+        extra_body={"return_token_ids": True},
+    )
+    return [token for token in answer.prompt_token_ids if token in SPECIAL_IDS.values()]
+
+
+def test_no_control_token_in_a_message_reaches_the_model_as_one(client: openai.OpenAI) -> None:
+    of_the_template = control_ids(client, "hello")
+    assert len(of_the_template) >= 5
+    for text in (*SPECIAL_IDS, " ".join(SPECIAL_IDS), "".join(SPECIAL_IDS)):
+        assert control_ids(client, text) == of_the_template, text
 
 
 def test_several_choices_are_numbered(client: openai.OpenAI) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vllm
 
-PROMPT = {"prompt_token_ids": [(37 * i) % 1000 + 2 for i in range(48)]}
+# More than two blocks of the KV cache (128 tokens each on CPU), or nothing of it would be cached.
+PROMPT = {"prompt_token_ids": [(37 * i) % 1000 + 2 for i in range(300)]}
 TIMEOUT_S = 60.0
 
 
@@ -76,6 +77,7 @@ def test_a_step_waits_for_the_shard_that_takes_over_and_the_answer_is_the_same(
 def test_lost_experts_poison_the_answer_and_leave_the_engine_alive(
     remote_qwen: LLM, qwen_shards: Shards
 ) -> None:
+    assert remote_qwen.reset_prefix_cache()
     undisturbed = generate(remote_qwen, 200)
     pid = worker_pid(remote_qwen)
     poison = qwen_shards.state.poison
@@ -90,3 +92,20 @@ def test_lost_experts_poison_the_answer_and_leave_the_engine_alive(
     assert remote_qwen.reset_prefix_cache()
     assert generate(remote_qwen, 200) == undisturbed
     assert qwen_shards.state.poison == poison
+
+
+def test_blocks_computed_without_experts_stay_wrong_until_the_cache_is_emptied(
+    remote_qwen: LLM, qwen_shards: Shards
+) -> None:
+    """Why the guard empties it: the poisoned prefill is found again, as if it were right."""
+    assert remote_qwen.reset_prefix_cache()
+    undisturbed = generate(remote_qwen, 20)
+    assert remote_qwen.reset_prefix_cache()
+    qwen_shards.kill("shard-0")
+    generate(remote_qwen, 2)
+    qwen_shards.replace("shard-0", qwen_shards.start_spare("shard-0"))
+    poison = qwen_shards.state.poison
+    assert generate(remote_qwen, 20) != undisturbed, "nothing was cached"
+    assert qwen_shards.state.poison == poison
+    assert remote_qwen.reset_prefix_cache()
+    assert generate(remote_qwen, 20) == undisturbed

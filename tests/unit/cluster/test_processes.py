@@ -62,7 +62,7 @@ def test_descendants_do_not_outlive_a_killed_parent() -> None:
     with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        time.sleep(2)  # the janitor looks once a second
+        time.sleep(3)  # the janitor takes a while to start, then looks once a second
         assert psutil.pid_exists(pid)
         parent.send_signal(signal.SIGKILL)
     assert wait_gone(pid, 20)

@@ -75,12 +75,12 @@ def test_after_giving_up_the_rest_of_the_step_and_later_ones_do_not_wait_again(
 
 
 def test_every_step_has_the_whole_recovery_time(made: Shards) -> None:
-    made.connect(recovery_timeout_s=2.0)
-    for _ in range(3):
+    made.connect(recovery_timeout_s=4.0)
+    for _ in range(6):
         made.stop("shard-1")
         forward = Background(lambda: run(made))
         wait_until(lambda: made.state.is_waiting, "waiting")
-        time.sleep(0.9)  # spends nearly half of the recovery time: three would be too many
+        time.sleep(0.8)  # six of these are more than the recovery time of one step
         made.start("shard-1")
         made.tables.publish(made.table())
         assert is_right(forward.join())
