@@ -7,7 +7,9 @@ Experts must be tensors of their own, named `…layers.{L}.mlp.experts.{E}.{gate
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +50,7 @@ _PROJECTIONS = {
     "w2": "down",
 }
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of each file, for the fingerprint
 _COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 Key = tuple[int, int, str]
@@ -138,6 +141,28 @@ class ExpertCheckpoint:
     def bytes_per_expert(self) -> int:
         """Memory of one expert's weights over all MoE layers."""
         return len(self.layers) * 3 * self.hidden * self.intermediate * self.dtype.itemsize
+
+    def fingerprint(self) -> str:
+        """Hex digest of config and index, and of samples of the weights.
+
+        Equal for equal copies; read in milliseconds, so only meant to notice that a checkpoint was
+        replaced by another one of its shape.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name in sorted(set(self._files.values())):
+            try:
+                with (self.path / name).open("rb", buffering=0) as file:
+                    size = os.fstat(file.fileno()).st_size
+                    digest.update(f"{name}:{size}".encode())
+                    for sample in range(_NUM_SAMPLES):
+                        file.seek(size * sample // _NUM_SAMPLES)
+                        digest.update(file.read(_SAMPLE_BYTES))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path / name} cannot be read ({error.strerror}), though the index names "
+                    "it; complete the checkpoint"
+                ) from None
+        return digest.hexdigest()
 
     def load_experts(
         self,

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from cluster.checkpoint import ExpertCheckpoint
 from cluster.config import MoonshardConfig
 from cluster.controller import Controller
 from cluster.exceptions import MoonshardError
@@ -41,14 +42,17 @@ def ensure_controller(config: MoonshardConfig) -> ActorHandle[Any]:
     the application is deleted.
 
     Raises:
-        MoonshardError: what `Controller.apply` refuses, as it was raised there.
+        MoonshardError: there is no such checkpoint here, or what `Controller.apply` refuses, as it
+            was raised there.
     """
     deadline = time.monotonic() + _APPLY_TIMEOUT_S
-    arguments = (config.model_dump_json(), _application())
+    fingerprint = ExpertCheckpoint.open(config.model.checkpoint).fingerprint()
+    arguments = (config.model_dump_json(), _application(), fingerprint)
     while True:
         handle = _start()
         try:
-            ray.get(handle.apply.remote(*arguments), timeout=deadline - time.monotonic())
+            left_s = max(0.0, deadline - time.monotonic())
+            ray.get(handle.apply.remote(*arguments), timeout=left_s)
         except RayActorError:
             # The one that was found was just on its way out, or is being restarted.
             if time.monotonic() > deadline:
@@ -95,6 +99,11 @@ def stop_controller(drain_timeout_s: float = 30.0) -> None:
         ray.get(handle.shutdown.remote(), timeout=drain_timeout_s + _STOP_MARGIN_S)
     except RayActorError:
         logger.info("the controller went away by itself")
+    except GetTimeoutError:
+        raise MoonshardError(
+            f"the shards were not stopped within {drain_timeout_s + _STOP_MARGIN_S:g} s; see the "
+            "controller's log"
+        ) from None
     else:
         ray.kill(handle, no_restart=True)
 

@@ -147,6 +147,13 @@ class ShardsConfig(_Section):
     bind_host: str = "auto"
     """Address of the data plane: auto binds the node's Ray address (loopback on a local start)."""
 
+    @field_validator("bind_host")
+    @classmethod
+    def _one_address(cls, value: str) -> str:
+        if value in ("", "0.0.0.0", "::", "*"):
+            raise ValueError("dispatchers connect to it, so it must be one address; set it to auto")
+        return value
+
     start_timeout_s: float = Field(default=600, gt=0)
     """Longest time in which a shard must have loaded its experts, also after a restart."""
 
@@ -175,11 +182,13 @@ class DispatchConfig(_Section):
 
     @model_validator(mode="after")
     def _below_engine_timeout(self) -> DispatchConfig:
-        if self.recovery_timeout_s + self.request_timeout_s >= ENGINE_STEP_TIMEOUT_S:
+        longest_s = self.recovery_timeout_s + self.request_timeout_s + self.connect_timeout_s
+        if longest_s >= ENGINE_STEP_TIMEOUT_S:
             raise ValueError(
                 f"recovery_timeout_s ({self.recovery_timeout_s:g}) plus request_timeout_s "
-                f"({self.request_timeout_s:g}) must stay below {ENGINE_STEP_TIMEOUT_S:g}, where "
-                "vLLM (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS) gives its engine up"
+                f"({self.request_timeout_s:g}) and connect_timeout_s ({self.connect_timeout_s:g}) "
+                f"must stay below {ENGINE_STEP_TIMEOUT_S:g}, where vLLM "
+                "(VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS) gives its engine up"
             )
         return self
 

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import serve
+from ray.actor import exit_actor
 
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError, ShardStartError
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _APPLICATION_CHECK_S = 2.0
 _ABSENT_CHECKS = 2
+_TAKE_UP_RETRY_S = 5.0
 
 
 class Controller:
@@ -54,22 +57,24 @@ class Controller:
         self._failure = ""
         self._table: RoutingTable | None = None
         self._published: dict[str, ShardEndpoint] | None = None
+        self._is_ending = False
         self._token = await asyncio.to_thread(cluster_token)
-        record = await asyncio.to_thread(load_record)
-        if record is not None:
-            logger.info("back again; looking for the shards")
-            await self._start(record)
+        self._record = await asyncio.to_thread(load_record)
+        # Watched also while there are no shards (a start that failed): nobody else ends this actor.
+        self._application = self._record.application if self._record else ""
         self._tasks = [
+            asyncio.create_task(self._take_up(), name="take up"),
             asyncio.create_task(self._for_ever(self._publish_when_dirty), name="publish"),
             asyncio.create_task(self._for_ever(self._watch_application), name="application"),
         ]
 
-    async def apply(self, config_json: str, application: str = "") -> None:
+    async def apply(self, config_json: str, application: str = "", fingerprint: str = "") -> None:
         """Make the shards be as the config says. Idempotent; returns before they are ready.
 
         Args:
             config_json: a `MoonshardConfig` as JSON.
             application: Serve application on whose behalf; the shards go when it is deleted.
+            fingerprint: of the caller's copy of the checkpoint (`ExpertCheckpoint.fingerprint`).
 
         Raises:
             ConfigError: shards run already, for another model or with other settings.
@@ -77,9 +82,15 @@ class Controller:
         """
         config = MoonshardConfig.model_validate_json(config_json)
         async with self._lock:
+            if self._is_ending:
+                exit_actor()  # the caller sees it go, and asks the next one
+            if self._fleet is None and self._record is not None:
+                await self._start(self._record)  # its shards may be serving
             if self._fleet is not None:
-                _refuse_change(self._fleet.plan.config, config)
+                _refuse_change(self._fleet.plan, config, fingerprint)
+                await self._belong_to(application)
                 return
+            self._application = application
             await asyncio.to_thread(remove_leftovers)
             await self._start(ControllerRecord(config_json, application))
 
@@ -127,7 +138,29 @@ class Controller:
     async def shutdown(self) -> None:
         """Drain and end the shards, remove their placement groups, forget the config."""
         async with self._lock:
+            self._is_ending = True
             await self._stop(drain=True)
+
+    async def _take_up(self) -> None:
+        """After a death: look after the shards again. A constructor that raised would not be
+        called again by Ray, so this goes on until it works."""
+        while self._record is not None and self._fleet is None:
+            try:
+                async with self._lock:
+                    if self._record is not None and self._fleet is None:
+                        logger.info("back again; looking for the shards")
+                        await self._start(self._record)
+            except Exception:
+                logger.exception("the shards could not be taken up; trying again")
+                await asyncio.sleep(_TAKE_UP_RETRY_S)
+
+    async def _belong_to(self, application: str) -> None:
+        """The shards go with the application that asked for them last."""
+        record = self._record
+        if application and record is not None and application != record.application:
+            self._application = application
+            self._record = replace(record, application=application)
+            await asyncio.to_thread(store_record, self._record)
 
     async def _start(self, record: ControllerRecord) -> None:
         config = MoonshardConfig.model_validate_json(record.config_json)
@@ -139,12 +172,12 @@ class Controller:
         logger.info("wanted: %d shards of %s", len(plan.held), config.model.id)
 
     async def _stop(self, *, drain: bool) -> None:
-        fleet, self._fleet, self._record = self._fleet, None, None
-        await asyncio.to_thread(store_record, None)
-        if fleet is not None:
+        if (fleet := self._fleet) is not None:
             await fleet.stop(fleet.plan.config.shards.drain_timeout_s if drain else 0)
         else:
             await asyncio.to_thread(remove_leftovers)
+        await asyncio.to_thread(store_record, None)
+        self._fleet = self._record = None
         self._table = self._published = None
 
     def _shard_changed(self, view: ShardView) -> None:
@@ -153,8 +186,10 @@ class Controller:
     def _verdict(self) -> Verdict:
         if self._failure:
             return Verdict(ClusterState.FAILED, self._failure)
-        if self._fleet is None or self._record is None:
+        if self._record is None:
             return Verdict(ClusterState.STOPPED, "no shards were asked for")
+        if self._fleet is None:
+            return Verdict(ClusterState.STARTING, "the controller looks for its shards")
         return judge(self._fleet.views, established=self._record.established)
 
     def _is_newer(self, version: int) -> bool:
@@ -172,7 +207,11 @@ class Controller:
         await self._dirty.wait()
         self._dirty.clear()
         async with self._lock:
-            await self._publish()
+            try:
+                await self._publish()
+            except BaseException:
+                self._dirty.set()  # views that do not change would not ask for it again
+                raise
 
     async def _publish(self) -> None:
         fleet, record, verdict = self._fleet, self._record, self._verdict()
@@ -207,7 +246,7 @@ class Controller:
         absent = 0
         while absent < _ABSENT_CHECKS:
             await asyncio.sleep(_APPLICATION_CHECK_S)
-            name = self._record.application if self._record else ""
+            name = self._application
             gone = bool(name) and not await asyncio.to_thread(_application_exists, name)
             absent = absent + 1 if gone else 0
         logger.info("the application is gone; so go the shards and the controller")
@@ -223,7 +262,8 @@ def _application_exists(name: str) -> bool:
     return serve_is_running() and name in serve.status().applications
 
 
-def _refuse_change(running: MoonshardConfig, wanted: MoonshardConfig) -> None:
+def _refuse_change(plan: FleetPlan, wanted: MoonshardConfig, fingerprint: str) -> None:
+    running = plan.config
     for section in ("model", "shards"):
         old, new = getattr(running, section), getattr(wanted, section)
         for name in type(old).model_fields:
@@ -233,3 +273,8 @@ def _refuse_change(running: MoonshardConfig, wanted: MoonshardConfig) -> None:
                     f"{section}.{name} is {after!r}, but the shards that run were started with "
                     f"{before!r}; stop them first (`moonshard stop`)"
                 )
+    if fingerprint and fingerprint != plan.fingerprint:
+        raise ConfigError(
+            f"the checkpoint {wanted.model.path} on this node is not the one that the shards were "
+            "started with; make the copies equal, or stop the shards first (`moonshard stop`)"
+        )

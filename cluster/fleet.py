@@ -38,6 +38,7 @@ class FleetPlan:
         num_experts: logical experts per layer.
         held: expert ids of each shard, the same in every layer.
         resources: what Ray reserves for one shard.
+        fingerprint: of the checkpoint.
     """
 
     config: MoonshardConfig
@@ -45,6 +46,7 @@ class FleetPlan:
     num_experts: int
     held: dict[str, tuple[int, ...]]
     resources: dict[str, float]
+    fingerprint: str
 
 
 def plan_fleet(config: MoonshardConfig) -> FleetPlan:
@@ -63,6 +65,7 @@ def plan_fleet(config: MoonshardConfig) -> FleetPlan:
         num_experts=checkpoint.num_experts,
         held=held,
         resources=shard_resources(config.shards, largest_bytes),
+        fingerprint=checkpoint.fingerprint(),
     )
 
 
@@ -118,6 +121,7 @@ def _shard_plan(plan: FleetPlan, shard_id: str, token: bytes) -> ShardPlan:
         checkpoint=str(plan.config.model.checkpoint),
         experts=plan.held[shard_id],
         token=token,
+        fingerprint=plan.fingerprint,
         bind_host=shards.bind_host,
         num_threads=shards.num_threads,
         kernel=shards.kernel,

@@ -31,7 +31,7 @@ class Janitor:
     def __enter__(self) -> Janitor:
         # A pipe tells of our end, whatever ends us; its own session keeps Ctrl-C away from it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.janitor"],
+            [sys.executable, "-m", "cluster.janitor", str(os.getpid())],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -61,7 +61,10 @@ def _watch(parent: psutil.Process) -> set[psutil.Process]:
 def _main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    seen = _watch(psutil.Process(os.getppid())) - {psutil.Process()}
+    parent_pid = int(sys.argv[1])
+    if os.getppid() != parent_pid:
+        return  # it has died already; whoever is our parent now is not ours to watch
+    seen = _watch(psutil.Process(parent_pid)) - {psutil.Process()}
     _, left = psutil.wait_procs(seen, timeout=_GRACE_S)
     for process in left:
         with suppress(psutil.NoSuchProcess):  # psutil knows when a pid has a new owner

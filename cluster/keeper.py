@@ -42,6 +42,7 @@ __all__ = ["ShardKeeper", "ShardPlan"]
 logger = logging.getLogger(__name__)
 
 _REPORT_TIMEOUT_S = 10.0
+_MAX_SILENT = 6
 _BUSY_PAUSE_S = 0.2
 _CALM_PAUSE_S = 1.0
 
@@ -76,6 +77,7 @@ class ShardKeeper:
         self._wake = asyncio.Event()
         self._has_process = False
         self._failures = 0
+        self._num_silent = 0
         self._not_ready_since = time.monotonic()
 
     async def run(self) -> None:
@@ -126,7 +128,13 @@ class ShardKeeper:
 
     async def _create(self) -> None:
         async with self._placing:
-            self._handle, reason = await asyncio.to_thread(self._place_and_start)
+            work = asyncio.ensure_future(asyncio.to_thread(self._place_and_start))
+            try:
+                self._handle, reason = await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # The thread goes on: whoever takes the shards down must see what it has made.
+                await asyncio.gather(work, return_exceptions=True)
+                raise
         self._see(after_unplaced(self.view, reason))
 
     def _place_and_start(self) -> tuple[ActorHandle[Any], str]:
@@ -196,14 +204,27 @@ class ShardKeeper:
             self._see(after_death(self.view, final=False, reason=_one_line(error)))
             return
         except TimeoutError:
-            # Slow is not dead: whether rows get through is for the connections to say.
-            logger.warning("%s did not report within %g s", self.view.shard_id, _REPORT_TIMEOUT_S)
+            await self._bear_silence()
             return
+        self._num_silent = 0
         connected = report.phase is Phase.READY and await self._watch.connect(
             self.view.shard_id, report
         )
         view = after_report(self.view, report, connected=connected)
         self._see(_with_restarts(view, info))
+
+    async def _bear_silence(self) -> None:
+        """It does not report. Slow is not dead: whether rows get through is for the connections to
+        say. But one that stays silent hangs, and takes rows that it will never answer."""
+        self._num_silent += 1
+        waited_s = self._num_silent * _REPORT_TIMEOUT_S
+        logger.warning("%s has not reported for %g s", self.view.shard_id, waited_s)
+        if self.view.phase is Phase.UNKNOWN or self._num_silent >= _MAX_SILENT:
+            self._watch.close()
+            self._see(after_death(self.view, final=False, reason="it does not report"))
+        if self._num_silent >= _MAX_SILENT and self._handle is not None:
+            self._num_silent = 0
+            await asyncio.to_thread(ray.kill, self._handle, no_restart=False)
 
     async def _await_process(self, info: ActorInfo) -> None:
         view = _with_restarts(self.view, info)
@@ -225,7 +246,7 @@ class ShardKeeper:
             return
         waited_s = time.monotonic() - self._not_ready_since
         late = waited_s > self.plan.config.start_timeout_s
-        if late and self.view.phase in (Phase.PLACING, Phase.LOADING):
+        if late and self.view.phase not in (Phase.DEAD, Phase.DRAINING, Phase.FAILED):
             timeout_s = self.plan.config.start_timeout_s
             reason = f"not ready within shards.start_timeout_s ({timeout_s:g} s)"
             reason += f": {self.view.reason}"
@@ -248,7 +269,7 @@ class ShardKeeper:
         self._wake.set()
 
     def _see(self, view: ShardView) -> None:
-        changed = (view.phase, view.reason) != (self.view.phase, self.view.reason)
+        changed = _public(view) != _public(self.view)
         if changed and view.phase is not self.view.phase:
             logger.info("%s: %s -> %s %s", view.shard_id, self.view.phase, view.phase, view.reason)
         self.view = view
@@ -262,6 +283,13 @@ class ShardKeeper:
         except TimeoutError:
             return
         self._wake.clear()
+
+
+def _public(view: ShardView) -> tuple[object, ...]:
+    """What others must hear of when it changes: where it is, and which life of it."""
+    report = view.report
+    life = (report.incarnation, report.host, report.port) if report else None
+    return view.phase, view.reason, life
 
 
 def _occupants(groups: Mapping[str, GroupInfo]) -> dict[str, int]:

@@ -15,6 +15,7 @@ __all__ = ["adopt_orphans", "end_descendants"]
 logger = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
+_MAX_KILLS = 6
 
 
 def adopt_orphans() -> None:
@@ -36,7 +37,10 @@ def end_descendants(patience_s: float) -> list[str]:
     left = _signal(signal.SIGTERM)
     _, slow = psutil.wait_procs(left, timeout=patience_s)
     killed = [_name(process) for process in slow]
-    while left := _signal(signal.SIGKILL):
+    # Bounded: one that waits for a dead disk cannot be killed.
+    for _ in range(_MAX_KILLS):
+        if not (left := _signal(signal.SIGKILL)):
+            break
         psutil.wait_procs(left, timeout=5)
     _reap()
     return killed

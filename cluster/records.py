@@ -49,7 +49,8 @@ def cluster_token() -> bytes:
     """The data plane's secret: made on the first call in a cluster, the same ever after."""
     token = kv_get(_TOKEN)
     if token is None:
-        token = secrets.token_bytes(TOKEN_BYTES)
+        # As text: it goes through files, whose readers take off white space.
+        token = secrets.token_hex(TOKEN_BYTES).encode()
         kv_put(_TOKEN, token)
     return token
 

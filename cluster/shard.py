@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import ray
 
 from cluster.checkpoint import ExpertCheckpoint
 from cluster.data_plane import DataPlaneServer
-from cluster.exceptions import MoonshardError
+from cluster.exceptions import CheckpointError, MoonshardError
 from cluster.kernels import build_kernel
 from cluster.reconcile import Phase, ShardReport
 from monitoring.metrics import ShardMetrics
@@ -33,6 +33,7 @@ class ShardSpec:
         checkpoint: the model's folder on the shard's node.
         experts: expert ids that it holds, in every MoE layer.
         token: the data plane's secret.
+        fingerprint: of the checkpoint that the engines run the dense part of; empty accepts any.
         bind_host: address of the data plane; `auto` is the node's Ray address.
         num_threads: compute threads.
         kernel: `auto`, `vllm` or `torch`.
@@ -41,7 +42,8 @@ class ShardSpec:
     shard_id: str
     checkpoint: str
     experts: tuple[int, ...]
-    token: bytes
+    token: bytes = field(repr=False)
+    fingerprint: str = ""
     bind_host: str = "auto"
     num_threads: int = 1
     kernel: Literal["auto", "vllm", "torch"] = "auto"
@@ -100,6 +102,12 @@ class ExpertShard:
     def _load_and_listen(self) -> None:
         spec = self._spec
         checkpoint = ExpertCheckpoint.open(Path(spec.checkpoint))
+        if spec.fingerprint not in ("", checkpoint.fingerprint()):
+            # Experts of one model in the middle of another would answer fluently, and wrongly.
+            raise CheckpointError(
+                f"{spec.checkpoint} has changed since the shards were started, or differs between "
+                "nodes; put the old one back, or restart everything"
+            )
         weights = checkpoint.load_experts(
             spec.experts, progress=lambda done, total: self._update(progress=done / total)
         )

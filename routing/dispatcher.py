@@ -166,10 +166,11 @@ class Dispatcher:
         self._last_layer = layer
         table = self._tables.current()
         if table is not None and table is not self._table:
-            self._links.retain(table.shards)
             self._adopt(table)
 
     def _adopt(self, table: RoutingTable) -> None:
+        # Nothing is under way. Shards that are named no more, dead ones above all, are forgotten.
+        self._links.retain(table.shards)
         self._table = table
         self._owners.clear()
         self._state.set("table_version", table.version)
@@ -229,7 +230,9 @@ class Dispatcher:
             pending.todo.append(wanted)
             return
         for part in split_by_owner(wanted, self._owners_of(table, pending.layer)):
-            if part.owner == UNSERVED:
+            # A lost shard costs its time to connect: where a newer table has come, ask that first.
+            is_outdated = self._is_recovering and self._tables.current() is not table
+            if part.owner == UNSERVED or is_outdated:
                 pending.todo.append(part.slice)
             else:
                 self._post(pending, table, table.shards[part.owner], part.slice)
@@ -267,8 +270,8 @@ class Dispatcher:
         )
         started_s = time.monotonic()
         try:
-            link = self._links.get(endpoint)
             deadline = self._exchange_deadline()
+            link = self._links.get(endpoint, deadline)
             link.connection.send(parts, deadline)
         except TransportError as error:
             self._lost(pending, endpoint, wanted, error, started_s)
@@ -388,6 +391,7 @@ class Dispatcher:
             for index in self._native.waiting():
                 self._links.drop(self._table.shards[index])
             pending.native_deadline = None
+        pending.is_failed = True  # what was under way is gone: it has no answer any more
         if self._open is pending:
             self._open = None
 

@@ -48,15 +48,15 @@ class ShardLinks:
         """The open link to `endpoint`, if there is one."""
         return self._links.get(endpoint)
 
-    def get(self, endpoint: ShardEndpoint) -> Link:
-        """The open link to `endpoint`, made now if need be.
+    def get(self, endpoint: ShardEndpoint, deadline: float) -> Link:
+        """The open link to `endpoint`, made now if need be, before `deadline` (monotonic).
 
         Raises:
             TransportError: nobody there, too slow, or the handshake failed.
         """
         link = self._links.get(endpoint)
         if link is None:
-            deadline = deadline_after(self._connect_timeout_s)
+            deadline = min(deadline, deadline_after(self._connect_timeout_s))
             connection = self._transport.connect(endpoint, self._token, deadline)
             self.num_reconnects += endpoint in self._known
             self._known.add(endpoint)

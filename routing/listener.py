@@ -122,7 +122,12 @@ class Listener:
                 self._log("%s: too many connections; %s was turned away", peer)
                 return
             self._sockets[thread] = sock
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads: the acceptor must outlive it
+                del self._sockets[thread]
+                sock.close()
+                self._log("%s: %s was turned away: %s", peer, error)
 
     def _run(self, sock: socket.socket, peer: str) -> None:
         try:

@@ -20,17 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from routing.exceptions import (
-    DeadlineExceeded,
-    PeerClosed,
-    ShardRefused,
-    TransportError,
-    WireError,
-)
+from routing.exceptions import DeadlineExceeded, ShardRefused, TransportError, WireError
 from routing.links import ShardLinks
 from routing.pending import PendingCombine
 from routing.split import Owners
 from routing.table import RoutingTable
+from routing.tcp import broken_by
 from routing.wire import max_rows_per_frame
 
 __all__ = ["NativeHop"]
@@ -193,7 +188,7 @@ class NativeHop:
             if status is _Status.CLOSED:
                 error = self._library.hop_error(self._hop, index)
                 reason = os.strerror(error) if error else "closed the connection"
-                found[index] = PeerClosed(f"{name}: {reason}")
+                found[index] = broken_by(error, f"{name}: {reason}")
             elif status is _Status.LATE:
                 found[index] = DeadlineExceeded(f"{name} did not answer in time")
             elif status is _Status.BROKEN:

@@ -7,6 +7,7 @@ milliseconds; a cut link through TCP_USER_TIMEOUT, with keepalive while nothing 
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
 import socket
@@ -15,13 +16,13 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from routing.exceptions import DeadlineExceeded, PeerClosed, WireError
+from routing.exceptions import DeadlineExceeded, PeerClosed, TransportError, WireError
 from routing.handshake import greet_client, greet_server
 from routing.table import ShardEndpoint
 from routing.transport import deadline_after, remaining_s
 from routing.wire import ALIGNMENT, HEADER_BYTES, FrameHeader, Parts
 
-__all__ = ["TcpConnection", "TcpTransport", "accept_handshake", "format_address"]
+__all__ = ["TcpConnection", "TcpTransport", "accept_handshake", "broken_by", "format_address"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,13 @@ _FIRST_BUFFER_BYTES = 64 * 2**10
 def format_address(host: str, port: int) -> str:
     """host:port, with brackets around IPv6."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def broken_by(number: int | None, message: str) -> TransportError:
+    """What an error of the system means for a connection. A link that is cut shows as one of the
+    first two: to connect again at once would take as long once more."""
+    is_cut = number in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+    return DeadlineExceeded(message) if is_cut else PeerClosed(message)
 
 
 def _aligned_buffer(size: int) -> npt.NDArray[np.uint8]:
@@ -160,8 +168,8 @@ class TcpConnection:
         if timeout_ms == 0 or not poller.poll(timeout_ms):
             raise DeadlineExceeded(f"{self._peer} did not answer in time")
 
-    def _closed(self, error: OSError) -> PeerClosed:
-        return PeerClosed(f"{self._peer}: {error.strerror or error}")
+    def _closed(self, error: OSError) -> TransportError:
+        return broken_by(error.errno, f"{self._peer}: {error.strerror or error}")
 
 
 class TcpTransport:
@@ -195,7 +203,7 @@ class TcpTransport:
         except TimeoutError:
             raise DeadlineExceeded(f"{peer} did not answer in time") from None
         except OSError as error:
-            raise PeerClosed(f"{peer}: {error.strerror or error}") from None
+            raise broken_by(error.errno, f"{peer}: {error.strerror or error}") from None
         return TcpConnection(sock, peer, CLIENT_USER_TIMEOUT_MS)
 
 

@@ -12,8 +12,16 @@ from cluster.kernels import build_kernel
 from routing.dispatcher import Dispatcher
 from routing.native_hop import NativeHop
 from routing.table import ShardEndpoint
-from tests.unit.routing.two_shards import IDS, NUM_EXPERTS, WEIGHTS, X, is_right, run
-from tests.unit.shards import HIDDEN, Shards, random_experts, shards
+from tests.unit.routing.two_shards import (
+    IDS,
+    NUM_EXPERTS,
+    WEIGHTS,
+    Background,
+    X,
+    is_right,
+    run,
+)
+from tests.unit.shards import HIDDEN, Shards, random_experts, shards, wait_until
 
 
 def python_layers(made: Shards) -> int:
@@ -69,6 +77,23 @@ def test_they_may_be_overwritten_even_when_rows_are_sent_again(made: Shards) -> 
     weights.fill_(0)
     assert is_right(dispatcher.combine(pending))
     assert made.state.poison == 0
+
+
+def test_native_code_is_used_again_after_a_shard_was_replaced_within_a_step(
+    made: Shards, use_native: bool
+) -> None:
+    made.connect(recovery_timeout_s=30)
+    run(made)
+    made.stop("shard-1")
+    forward = Background(lambda: run(made))
+    wait_until(lambda: made.state.is_waiting, "waiting")
+    made.start("shard-1")
+    made.tables.publish(made.table())
+    assert is_right(forward.join())
+    before = python_layers(made)
+    for _ in range(4):
+        assert is_right(run(made))
+    assert python_layers(made) - before == (0 if use_native else 4)
 
 
 def with_kernel_of(dtype: torch.dtype, made: Shards) -> Dispatcher:
