@@ -206,3 +206,22 @@ def test_an_index_that_promises_too_much_is_found_out(tmp_path: Path) -> None:
     file.write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=f"no readable tensor {name}"):
         ExpertCheckpoint.open(path).load_experts([3])
+
+
+def test_a_copy_has_the_same_fingerprint_and_another_model_of_the_shape_has_not(
+    tmp_path: Path,
+) -> None:
+    tensors = _tensors()
+    first = _write(tmp_path / "first", tensors, _config())
+    copy = _write(tmp_path / "copy", tensors, _config())
+    other = _write(tmp_path / "other", {n: t + 1 for n, t in tensors.items()}, _config())
+    wanted = ExpertCheckpoint.open(first).fingerprint()
+    assert ExpertCheckpoint.open(copy).fingerprint() == wanted
+    assert ExpertCheckpoint.open(other).fingerprint() != wanted
+
+
+def test_a_file_that_is_missing_has_no_fingerprint(tmp_path: Path) -> None:
+    checkpoint = ExpertCheckpoint.open(_write(tmp_path / "model", _tensors(), _config()))
+    max(tmp_path.glob("model/*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="complete the checkpoint"):
+        checkpoint.fingerprint()
