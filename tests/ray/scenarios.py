@@ -1,7 +1,10 @@
-"""What a driver on one of the hosts does; run as `python -m tests.ray.scenarios NAME ADDRESS PATH`.
+"""What a driver on one of the hosts does.
 
-Prints one line of JSON last: what the test then judges. A driver needs a raylet beside it, so
-the tests themselves, which run on the machine and not on a host, cannot be one.
+    python -m tests.ray.scenarios ADDRESS CHECKPOINT NAME...
+
+Plays the named scenarios in order and prints a line of JSON behind each: {name: what the tests
+then judge}. A driver needs a raylet beside it, so the tests themselves, which run on the machine
+and not on a host, cannot be one; and one driver plays many, since its start takes seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -358,6 +362,11 @@ SCENARIOS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    name, address, checkpoint_path = sys.argv[1:]
+    address, checkpoint_path, *names = sys.argv[1:]
     connect(address)
-    print(json.dumps(SCENARIOS[name](checkpoint_path)), flush=True)
+    for name in names:
+        try:
+            told = SCENARIOS[name](checkpoint_path)
+        except Exception:  # noqa: BLE001 - the test that wants it says so
+            told = {"failed": traceback.format_exc()}
+        print(json.dumps({name: told}), flush=True)
