@@ -37,6 +37,11 @@ class Janitor:
         )
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of the janitor's process."""
+        return self._process.pid
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

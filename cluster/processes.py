@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 
-__all__ = ["adopt_orphans", "end_descendants"]
+__all__ = ["adopt_orphans", "end_descendants", "reap_orphans"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,18 @@ def end_descendants(patience_s: float) -> list[str]:
         psutil.wait_procs(left, timeout=5)
     _reap()
     return killed
+
+
+def reap_orphans(spared: set[int]) -> None:
+    """Collect the exit codes of children that have ended, or those adopted would stay as zombies.
+
+    Args:
+        spared: pids whose exit code somebody else in this process waits for.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, ChildProcessError):
+            if child.pid not in spared and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
 
 
 def _signal(number: signal.Signals) -> list[psutil.Process]:

@@ -131,6 +131,13 @@ def log_folder() -> str:
     return str(ray._private.worker._global_node.get_logs_dir_path())
 
 
+def daemon_pids() -> set[int]:
+    """Processes that Ray has started from this one, and waits for."""
+    node = ray._private.worker._global_node
+    processes = node.all_processes.values() if node is not None else ()
+    return {info.process.pid for infos in processes for info in infos}
+
+
 def dead_daemons() -> list[str]:
     """Which of the daemons that this process started, and without which there is no node, died."""
     node = ray._private.worker._global_node

@@ -8,7 +8,8 @@ import threading
 from types import TracebackType
 
 from cluster.exceptions import MoonshardError
-from cluster.ray_adapter import dead_daemons
+from cluster.processes import reap_orphans
+from cluster.ray_adapter import daemon_pids, dead_daemons
 
 __all__ = ["NODE_LOST", "NodeLost", "NodeWatch"]
 
@@ -24,7 +25,15 @@ class NodeLost(MoonshardError):
 
 
 class NodeWatch:
-    """Context: while it lasts, the death of the own node raises `NODE_LOST`, once."""
+    """Context: while it lasts, the death of the own node raises `NODE_LOST`, once, and what else
+    of it has ended is reaped.
+
+    Args:
+        spared: pids of children whose exit code somebody else waits for.
+    """
+
+    def __init__(self, spared: set[int]) -> None:
+        self._spared = spared
 
     def __enter__(self) -> NodeWatch:
         self._ended = threading.Event()
@@ -43,6 +52,7 @@ class NodeWatch:
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_S):
+            reap_orphans(self._spared | daemon_pids())
             if dead_daemons():
                 os.kill(os.getpid(), NODE_LOST)
                 return

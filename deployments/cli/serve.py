@@ -104,25 +104,29 @@ def _ray(file: ServeFile, address: str | None) -> Iterator[str]:
             ray_node.disconnect()
         return
     adopt_orphans()
-    with _everything_ends():
+    with _everything_ends() as janitor_pid:
         cluster_address = ray_node.start_local_node(file.config.ray)
         catch_interrupts()
         _say(f"Ray is started ({cluster_address})")
         from deployments.cli.node_watch import NodeWatch  # imports Ray
 
-        with NodeWatch():
+        with NodeWatch({janitor_pid}):
             yield cluster_address
 
 
 @contextmanager
-def _everything_ends() -> Iterator[None]:
-    """No process that is started in the context outlives it, or a kill -9 of this one."""
+def _everything_ends() -> Iterator[int]:
+    """No process that is started in the context outlives it, or a kill -9 of this one.
+
+    Yields:
+        pid of the process that sees to the latter.
+    """
     from cluster import ray_node
 
     try:
-        with Janitor():
+        with Janitor() as janitor:
             try:
-                yield
+                yield janitor.pid
             finally:
                 ignore_interrupts()
                 ray_node.disconnect()

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import openai
@@ -26,12 +27,12 @@ QUESTIONS = [s for s in heldout("count", 80) if len(str(s.expected)) > 50][:8]
 
 def engine_pids(server: Server) -> set[int]:
     """Processes of vLLM under the server."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return {
-        child.pid
-        for child in children
-        if child.is_running() and " ".join(child.cmdline()).startswith("VLLM::")
-    }
+    found = set()
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile; zombies count as that
+            if " ".join(child.cmdline()).startswith("VLLM::"):
+                found.add(child.pid)
+    return found
 
 
 async def shard_pids(server: Server) -> list[int]:
