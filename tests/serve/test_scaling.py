@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,12 @@ class Look:
 
 def zombies(server: Server) -> list[psutil.Process]:
     """Processes that have ended, and that nobody has taken note of."""
-    children = psutil.Process(server.process.pid).children()
-    return [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 async def ask_until(stop: asyncio.Event, client: openai.AsyncOpenAI) -> int:
