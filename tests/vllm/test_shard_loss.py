@@ -18,6 +18,7 @@ pytestmark = pytest.mark.vllm
 # More than two blocks of the KV cache (128 tokens each on CPU), or nothing of it would be cached.
 PROMPT = {"prompt_token_ids": [(37 * i) % 1000 + 2 for i in range(300)]}
 TIMEOUT_S = 60.0
+TOLERANCE = 0.01
 
 
 def generate(engine: LLM, num_tokens: int) -> list[int]:
@@ -94,18 +95,33 @@ def test_lost_experts_poison_the_answer_and_leave_the_engine_alive(
     assert qwen_shards.state.poison == poison
 
 
+def look(engine: LLM) -> tuple[int, float]:
+    """How much of the prompt is found in the cache, and how likely the first token then is."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=1)
+    (output,) = engine.generate([PROMPT], sampling, use_tqdm=False)
+    (token,) = output.outputs[0].token_ids
+    return output.num_cached_tokens, output.outputs[0].logprobs[0][token].logprob
+
+
 def test_blocks_computed_without_experts_stay_wrong_until_the_cache_is_emptied(
     remote_qwen: LLM, qwen_shards: Shards
 ) -> None:
     """Why the guard empties it: the poisoned prefill is found again, as if it were right."""
     assert remote_qwen.reset_prefix_cache()
-    undisturbed = generate(remote_qwen, 20)
+    look(remote_qwen)
+    num_cached, right = look(remote_qwen)
+    assert num_cached > 0, "nothing is cached: this test would prove nothing"
     assert remote_qwen.reset_prefix_cache()
     qwen_shards.kill("shard-0")
-    generate(remote_qwen, 2)
+    look(remote_qwen)
     qwen_shards.replace("shard-0", qwen_shards.start_spare("shard-0"))
     poison = qwen_shards.state.poison
-    assert generate(remote_qwen, 20) != undisturbed, "nothing was cached"
-    assert qwen_shards.state.poison == poison
+    num_cached, wrong = look(remote_qwen)
+    assert num_cached > 0
+    assert abs(wrong - right) > TOLERANCE
     assert remote_qwen.reset_prefix_cache()
-    assert generate(remote_qwen, 20) == undisturbed
+    look(remote_qwen)
+    assert look(remote_qwen) == (num_cached, pytest.approx(right, abs=TOLERANCE))
+    assert qwen_shards.state.poison == poison
