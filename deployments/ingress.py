@@ -186,9 +186,14 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
 
 
 async def _first_of(items: AsyncGenerator[Any, None]) -> Any:
-    """The first item, or, where it is an error, that alone; closes `items` when it fails."""
+    """The first item, or, where it is an error, that alone; closes `items` when it fails.
+
+    A whole answer is the only item: the request is let end by itself, not cancelled at its end.
+    """
     try:
         first = await anext(items)
+        if not isinstance(first, list):
+            await anext(items, None)
     except BaseException:
         await items.aclose()
         raise
