@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 
 from cluster.config import REPO_ROOT
 
-__all__ = ["MOONSHARD", "Command", "nano_config", "running"]
+__all__ = ["MOONSHARD", "Command", "nano_config", "running", "still_running"]
 
 MOONSHARD = Path(sys.executable).with_name("moonshard")
 _LOOK_S = 0.3
@@ -75,16 +74,10 @@ class Command:
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
 
-    def press_ctrl_c(self, timeout_s: float = 60.0) -> int:
-        """SIGINT to the whole process group, as a terminal sends it; wait for the exit status."""
-        os.killpg(self.process.pid, signal.SIGINT)
-        return self.process.wait(timeout_s)
-
     def left_running(self, timeout_s: float) -> list[str]:
         """Descendants that still run after `timeout_s`."""
         self.close()
-        _, alive = psutil.wait_procs(self._seen, timeout=timeout_s)
-        return [_describe(process) for process in alive if _runs(process)]
+        return still_running(self._seen, timeout_s)
 
     def close(self) -> None:
         self._stopped.set()
@@ -111,6 +104,12 @@ def running(config: Path, log: Path) -> Iterator[Command]:
         for process in command._seen:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def still_running(processes: Collection[psutil.Process], timeout_s: float) -> list[str]:
+    """Which of them run after `timeout_s`."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    return [_describe(process) for process in alive if _runs(process)]
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -91,8 +91,9 @@ class Server:
 
     def stop(self) -> None:
         """SIGINT, and a kill of its whole session should that not do."""
-        if self._reader is not None:
-            self._reader.communicate(timeout=30)
+        self.forget_status_reader()
+        if self.process.poll() is not None:
+            return  # a test has ended it
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(STOP_TIMEOUT_S)
@@ -100,6 +101,12 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(10)
             pytest.fail(f"the server did not stop:\n{self.log.read_text()[-4000:]}")
+
+    def forget_status_reader(self) -> None:
+        """End the driver that `status` asks; the next question starts another."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.communicate(timeout=30)
 
     def _status_reader(self) -> subprocess.Popen[str]:
         if self._reader is None:
@@ -156,6 +163,12 @@ def start_server(folder: Path, changes: dict[str, dict[str, Any]]) -> Server:
             start_new_session=True,
         )
     return Server(port, process, log, checkpoint)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who disturbs the shared server comes late, and who ends it last."""
+    late = ("test_shard_loss.py", "test_scaling.py", "test_lifecycle.py")
+    items.sort(key=lambda item: late.index(item.path.name) if item.path.name in late else -1)
 
 
 @pytest.fixture(scope="session")

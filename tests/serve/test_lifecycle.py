@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -15,8 +16,8 @@ import psutil
 import pytest
 
 from cluster.config import REPO_ROOT
-from tests.serve.command import MOONSHARD, nano_config, running
-from tests.serve.conftest import free_port
+from tests.serve.command import MOONSHARD, nano_config, running, still_running
+from tests.serve.conftest import Server, free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
 
@@ -130,17 +131,18 @@ def piped_chat(port: int) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_serving_ends_without_a_trace_and_starts_again_at_once(tmp_path: Path) -> None:
-    port = free_port()
-    config, log = nano_config(tmp_path, port), tmp_path / "serve.log"
-    with running(config, log) as command:
+def test_serving_ends_without_a_trace_and_starts_again_at_once(
+    server: Server, tmp_path: Path
+) -> None:
+    """The last test of the suite (see conftest.py): the shared server ends here."""
+    assert piped_chat(server.port).stdout.strip()
+    server.forget_status_reader()
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    os.killpg(server.process.pid, signal.SIGINT)  # Ctrl-C, as a terminal sends it
+    assert server.process.wait(STOP_S) == 0
+    assert not still_running(processes, 10)
+    with running(nano_config(tmp_path, server.port), tmp_path / "serve.log") as command:
         command.await_output("ready in", START_S)
-        assert ask(port) == httpx.codes.OK
-        assert piped_chat(port).stdout.strip()
-        assert command.press_ctrl_c(STOP_S) == 0
-        assert not command.left_running(10)
-    with running(config, log) as command:
-        command.await_output("ready in", START_S)
-        assert ask(port) == httpx.codes.OK
+        assert ask(server.port) == httpx.codes.OK
         assert command.end(signal.SIGTERM, STOP_S) == 0
         assert not command.left_running(10)

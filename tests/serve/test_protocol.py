@@ -165,8 +165,9 @@ def test_tool_choice_none_makes_no_call(client: openai.OpenAI) -> None:
 def test_a_schema_shapes_the_answer(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
-        "properties": {"sum": {"type": "integer"}, "ok": {"type": "boolean"}},
-        "required": ["sum", "ok"],
+        # Nothing that a model which has never seen the like could go on with for ever.
+        "properties": {"size": {"enum": ["small", "large"]}, "ok": {"type": "boolean"}},
+        "required": ["size", "ok"],
         "additionalProperties": False,
     }
     answer = client.chat.completions.create(
@@ -178,7 +179,7 @@ def test_a_schema_shapes_the_answer(client: openai.OpenAI) -> None:
         extra_body={"chat_template_kwargs": {"thinking": False}},
     )
     content = json.loads(answer.choices[0].message.content)
-    assert isinstance(content["sum"], int)
+    assert content["size"] in ("small", "large")
     assert isinstance(content["ok"], bool)
 
 
