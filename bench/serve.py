@@ -153,7 +153,7 @@ def _run_load(
     num_prompts = concurrency * options.prompts_per_slot
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+            *(sys.executable, "-m", "bench.load"),
             *("--backend", "openai", "--endpoint", "/v1/completions"),
             *("--base-url", f"http://127.0.0.1:{PORT}/{system}"),
             *("--model", model_id, "--tokenizer", str(checkpoint)),
