@@ -84,7 +84,7 @@ def num_expert_parameters(worker: Any) -> int:
 
 
 def memory_of(_worker: Any) -> dict[str, int]:
-    """Bytes: resident and read so far, and resident pages of checkpoint files."""
+    """Bytes: resident and read so far, and mapped pages of checkpoint files."""
     checkpoint_bytes = 0
     is_checkpoint = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -100,7 +100,6 @@ def memory_of(_worker: Any) -> dict[str, int]:
         "peak_resident": int(found[1]) * 1024,
         "mapped_checkpoint": checkpoint_bytes,
         "rchar": int(fields["rchar"]),
-        "read_bytes": int(fields["read_bytes"]),
     }
 
 
