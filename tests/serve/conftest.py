@@ -130,9 +130,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, message: str) ->
 
 
 def free_port() -> int:
-    """Below those that the kernel hands out: Ray takes dozens of these before Serve binds ours."""
+    """Between Ray's own ports for workers (up to 19999) and those that the kernel hands out, of
+    which Ray takes dozens before Serve binds ours."""
     while True:
-        port = random.randint(18_000, 28_000)
+        port = random.randint(20_000, 28_000)
         with socket.socket() as listener:
             try:
                 listener.bind(("127.0.0.1", port))
