@@ -143,6 +143,18 @@ VECTORIZED void narrow(uint16_t* to, const float* from, size_t n) {
 
 size_t item_bytes(uint8_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 
+// Waits until the shard's socket may be ready; false, and the shard is late, when time is up.
+bool await(Shard& shard, short events, int64_t deadline_ns) {
+  const int wait_ms = remaining_ms(deadline_ns);
+  if (wait_ms == 0) {
+    shard.status = kLate;
+    return false;
+  }
+  pollfd socket = {shard.fd, events, 0};
+  poll(&socket, 1, wait_ms);
+  return true;
+}
+
 // Writes the shard's frame and sends it whole. Its status says how that went.
 void post(Hop& hop, Shard& shard, int64_t code, const char* x, const int32_t* ids,
           const float* weights, const int64_t* codes, uint16_t topk, int32_t layer,
@@ -191,13 +203,7 @@ void post(Hop& hop, Shard& shard, int64_t code, const char* x, const int32_t* id
     ssize_t sent = sendmsg(shard.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     if (sent < 0 && errno == EINTR) continue;
     if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-      pollfd writable = {shard.fd, POLLOUT, 0};
-      int wait_ms = remaining_ms(deadline_ns);
-      if (wait_ms == 0) {
-        shard.status = kLate;
-        return;
-      }
-      poll(&writable, 1, wait_ms);
+      if (!await(shard, POLLOUT, deadline_ns)) return;
       continue;
     }
     if (sent < 0) {
@@ -227,13 +233,7 @@ void receive(Hop& hop, Shard& shard, int64_t deadline_ns) {
     ssize_t got = recv(shard.fd, shard.in.data + filled, shard.in.size - filled, MSG_DONTWAIT);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
-      pollfd readable = {shard.fd, POLLIN, 0};
-      int wait_ms = remaining_ms(deadline_ns);
-      if (wait_ms == 0) {
-        shard.status = kLate;
-        return;
-      }
-      poll(&readable, 1, wait_ms);
+      if (!await(shard, POLLIN, deadline_ns)) return;
       continue;
     }
     if (got <= 0) {
