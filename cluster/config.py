@@ -15,17 +15,29 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from cluster.config_section import MIB, REPO_ROOT, Section
 from cluster.exceptions import ConfigError
+from cluster.gateway_config import (
+    CostsConfig,
+    GatewayConfig,
+    HttpConfig,
+    LedgerConfig,
+    MetricsConfig,
+)
 
 __all__ = [
     "REPO_ROOT",
     "AutoscalingConfig",
+    "CostsConfig",
     "DispatchConfig",
     "EngineConfig",
+    "GatewayConfig",
     "HttpConfig",
+    "LedgerConfig",
+    "MetricsConfig",
     "ModelConfig",
     "MoonshardConfig",
     "RayConfig",
@@ -34,21 +46,12 @@ __all__ = [
     "parse_config",
 ]
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
-"""The folder that holds the packages; relative `model.path`s start here on every node."""
-
 # vLLM kills an engine whose step takes longer (VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS): a step that
 # waits for experts must give up before that, or the outage would cost the engine as well.
 ENGINE_STEP_TIMEOUT_S = 300.0
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is served, under which name, and how its output is parsed."""
 
     id: str = Field(default="kimi-nano", min_length=1, pattern=r"^[\w.\-/]+$")
@@ -74,7 +77,7 @@ class ModelConfig(_Section):
         return path if path.is_absolute() else REPO_ROOT / path
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """The vLLM engine that runs the dense part of the model in each router replica."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -116,7 +119,7 @@ class EngineConfig(_Section):
         return value
 
 
-class ShardsConfig(_Section):
+class ShardsConfig(Section):
     """The expert shards: Ray actors that hold the routed experts."""
 
     count: int = Field(default=2, ge=1)
@@ -164,7 +167,7 @@ class ShardsConfig(_Section):
     """How long a shard that is stopped may still answer what it has accepted."""
 
 
-class DispatchConfig(_Section):
+class DispatchConfig(Section):
     """How rows travel between a router replica and the shards."""
 
     transport: Literal["tcp"] = "tcp"
@@ -193,7 +196,7 @@ class DispatchConfig(_Section):
         return self
 
 
-class AutoscalingConfig(_Section):
+class AutoscalingConfig(Section):
     """Ray Serve's autoscaling of router replicas, on ongoing requests."""
 
     min_replicas: int = Field(default=1, ge=1)
@@ -220,7 +223,7 @@ class AutoscalingConfig(_Section):
         return self
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The router deployment: replicas that each run one vLLM engine."""
 
     autoscaling: AutoscalingConfig = Field(default_factory=AutoscalingConfig)
@@ -255,20 +258,7 @@ class RouterConfig(_Section):
         return self
 
 
-class HttpConfig(_Section):
-    """Limits at the ingress. Address and port are Ray Serve's own `http_options`."""
-
-    max_body_bytes: int = Field(default=4 * MIB, ge=KIB)
-    """Largest request body; a larger one is answered with 413."""
-
-    num_replicas: int = Field(default=1, ge=1)
-    """Ingress replicas."""
-
-    num_cpus: float = Field(default=0.25, ge=0)
-    """Logical CPUs that Ray reserves for an ingress replica."""
-
-
-class RayConfig(_Section):
+class RayConfig(Section):
     """The Ray node that `moonshard serve` starts when it is not given a cluster."""
 
     num_cpus: float | None = Field(default=None, gt=0)
@@ -278,7 +268,7 @@ class RayConfig(_Section):
     """Object store of the node. Kept small: rows do not pass through it, weights need the RAM."""
 
 
-class MoonshardConfig(_Section):
+class MoonshardConfig(Section):
     """The whole tree: what stands under `args` in the config file."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -287,7 +277,21 @@ class MoonshardConfig(_Section):
     dispatch: DispatchConfig = Field(default_factory=DispatchConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     http: HttpConfig = Field(default_factory=HttpConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    ledger: LedgerConfig = Field(default_factory=LedgerConfig)
+    costs: CostsConfig = Field(default_factory=CostsConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
+
+    @model_validator(mode="after")
+    def _one_writer_of_a_file(self) -> MoonshardConfig:
+        if self.ledger.is_sqlite and self.http.num_replicas > 1:
+            raise ValueError(
+                f"http.num_replicas ({self.http.num_replicas}): ingress replicas on several nodes "
+                "cannot share a SQLite ledger; set ledger.url to a PostgreSQL database, or "
+                "http.num_replicas to 1"
+            )
+        return self
 
 
 def parse_config(tree: Any, *, where: str = "args") -> MoonshardConfig:
