@@ -189,7 +189,7 @@ class DataPlaneServer:
                 if isinstance(work, _Refusal):
                     answer = encode_error(header, work.code, str(work))
                 else:
-                    answer = encode_reply(header, work.out)
+                    answer = encode_reply(header, work.out, work.busy_ns)
                 connection.send(answer, deadline_after(_SEND_TIMEOUT_S))
             finally:
                 # Counted behind the answer, so that nobody waits for the counting.

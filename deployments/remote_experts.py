@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cluster.config import MoonshardConfig
 from deployments.guard import ExpertsGuard
 from deployments.table_relay import TableRelay
 from monitoring.metrics import RouterMetrics
+from routing.cost_slots import CostReader, CostSlots, RequestCost
 from routing.engine_state import EngineState
 from routing.native_hop import NativeHop
 from routing.table_feed import TableFeedServer
@@ -29,6 +31,10 @@ __all__ = ["RemoteExperts"]
 logger = logging.getLogger(__name__)
 
 _CONTROLLER_TIMEOUT_S = 60.0
+_COST_TIMEOUT_S = 1.0
+_COST_POLL_S = 0.005
+_COST_SLOTS = 1024
+_COST_SLOTS_PER_SEQUENCE = 8
 _LOOPBACK = "127.0.0.1"
 _PREFIX = "moonshard-"
 
@@ -49,6 +55,9 @@ class RemoteExperts:
         stem = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
         self._token_path = folder / f"{stem}.token"
         self.state = EngineState.create(folder / f"{stem}.state")
+        num_slots = _COST_SLOTS + _COST_SLOTS_PER_SEQUENCE * config.engine.max_num_seqs
+        self._costs = CostSlots.create(folder / f"{stem}.costs", num_slots)
+        self._cost_reader = CostReader(self._costs)
         dispatch = config.dispatch
         self.guard = ExpertsGuard(
             self.state, dispatch.recovery_timeout_s + dispatch.request_timeout_s
@@ -74,6 +83,17 @@ class RemoteExperts:
         self._remove_files()
         # The worker, which is no Ray process, says the same in its log.
         RouterMetrics().hop_chosen(is_fallback=not NativeHop.is_built())
+
+    async def cost_of(self, request_id: str) -> RequestCost | None:
+        """What the shards spent on a request of the engine's that is over; None when nothing.
+
+        Once only. Waits for the step that may still run for it, up to a second.
+        """
+        deadline = time.monotonic() + _COST_TIMEOUT_S
+        # The worker says so in shared memory: there is nothing to await.
+        while self._cost_reader.is_open(request_id) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_COST_POLL_S)
+        return self._cost_reader.take(request_id)
 
     def warmed_up(self) -> None:
         """From here on dispatches count as those of users."""
@@ -107,6 +127,7 @@ class RemoteExperts:
         settings = PluginSettings(
             feed=f"{host}:{port}",
             state_path=str(self.state.path),
+            costs_path=str(self._costs.path),
             token_file=self._write_token(token),
             recovery_timeout_s=dispatch.recovery_timeout_s,
             request_timeout_s=dispatch.request_timeout_s,
@@ -116,6 +137,7 @@ class RemoteExperts:
 
     def _remove_files(self) -> None:
         self.state.unlink()
+        self._costs.unlink()
         self._token_path.unlink(missing_ok=True)
 
     def _write_token(self, token: bytes) -> str:

@@ -19,6 +19,7 @@ from routing.dispatch_settings import DispatcherSettings
 from routing.engine_state import EngineState
 from routing.exceptions import TransportError
 from routing.exchange import Exchange, as_answered
+from routing.expert_costs import RowCosts
 from routing.links import ShardLinks
 from routing.native_hop import NativeHop
 from routing.pending import PendingCombine
@@ -38,7 +39,6 @@ _TABLE_POLL_S = 0.1
 # What an exchange is given at least, also when the step's recovery time is over: without it a
 # healthy shard that has just come back would be taken for one that hangs.
 _GRACE_S = 1.0
-_NATIVE_COUNTERS = ("bytes_sent", "bytes_received", "wait_ns")
 
 
 class ExpertsUnavailable(Exception):
@@ -98,6 +98,7 @@ class Dispatcher:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         num_rows_counted: int | None = None,
+        costs: RowCosts | None = None,
     ) -> PendingCombine:
         """Send the rows to all shards that they need; waits for none of them. Never raises.
 
@@ -108,10 +109,11 @@ class Dispatcher:
             topk_ids: [n, k] int32 or int64 logical expert ids; -1 asks for nobody.
             topk_weights: [n, k] float32.
             num_rows_counted: rows that the counters see (without padding); all when None.
+            costs: of these n rows; `combine` adds what the shards spent on them.
         """
         started_ns = time.perf_counter_ns()
         self._abandon(self._open)
-        pending = PendingCombine(layer, x, is_counted=self.counting)
+        pending = PendingCombine(layer, x, costs, is_counted=self.counting)
         try:
             self._begin(layer)
             self._open = pending
@@ -182,8 +184,7 @@ class Dispatcher:
         table = self._table
         if self._native is None or table is None or not self._links.are_all_well:
             return False
-        deadline = self._exchange_deadline()
-        owners = self._owners_of(table, pending.layer)
+        owners, deadline = self._owners_of(table, pending.layer), self._exchange_deadline()
         asked = self._native.send(
             pending, ids, weights, table, owners, self._links, self._sequence, deadline
         )
@@ -196,12 +197,11 @@ class Dispatcher:
     def _receive_natively(self, native: NativeHop, pending: PendingCombine) -> torch.Tensor | None:
         """The layer's answer; None when some rows are left, which are then in `pending.todo`."""
         table, deadline = self._table, pending.native_deadline
-        assert table is not None
-        assert deadline is not None
+        assert table is not None and deadline is not None  # noqa: PT018
         answer = torch.empty_like(pending.x)
-        is_whole = native.receive(answer, deadline)
+        is_whole = native.receive(answer, deadline, pending.costs)
         pending.native_deadline = None
-        for name, amount in zip(_NATIVE_COUNTERS, native.counts(), strict=True):
+        for name, amount in native.counts().items():
             self._count(pending, name, amount)
         if is_whole:
             self._gave_up_at = None
@@ -311,17 +311,17 @@ class Dispatcher:
 
     def _receive(self, pending: PendingCombine, exchange: Exchange) -> None:
         try:
-            rows, num_bytes = exchange.receive(pending.x.shape[1])
+            rows, header = exchange.receive(pending.x.shape[1])
         except TransportError as error:
             pending.exchanges.remove(exchange)
             self._lost(pending, exchange.link.endpoint, exchange.slice, error, exchange.started_s)
             return
         pending.exchanges.remove(exchange)
-        self._count(pending, "bytes_received", num_bytes)
+        self._count(pending, "bytes_received", header.body_bytes)
         self._links.answered(exchange.link)
         if self._links.are_all_well:
             self._gave_up_at = None
-        pending.add(exchange.slice.rows, rows)
+        pending.add(exchange, rows, header.busy_ns)
 
     def _lost(
         self,

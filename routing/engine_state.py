@@ -32,6 +32,9 @@ FIELDS = (
     "retries",
     "reconnects",
     "python_layers",
+    "expert_prompt_ns",
+    "expert_generation_ns",
+    "expert_unattributed_ns",
 )
 """Names of the fields, in file order.
 
@@ -42,6 +45,8 @@ steps: layer dispatches. rows: token rows of them. bytes_*: payload on the wire.
 dispatch_ns: splitting and sending. wait_ns: waiting for shards. combine_ns: summing.
 retries: rows' groups sent again after a failure. reconnects: connections made again.
 python_layers: layer dispatches that did not go through native code (`routing.native_hop`).
+expert_*_ns: time that shards spent on rows of prompts, of generated tokens, and on rows whose
+request was over already (a step that had begun).
 """
 
 _MAGIC = 0x3154535344524853  # "SHRDSST1"

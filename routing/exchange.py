@@ -13,7 +13,7 @@ from routing.exceptions import ShardRefused, WireError
 from routing.links import Link
 from routing.split import RowSlice
 from routing.transport import remaining_s
-from routing.wire import FrameKind, decode_reply
+from routing.wire import FrameHeader, FrameKind, decode_reply
 
 __all__ = ["Exchange", "as_answered"]
 
@@ -28,8 +28,8 @@ class Exchange:
     started_s: float
     deadline: float
 
-    def receive(self, hidden: int) -> tuple[torch.Tensor, int]:
-        """The answer, rows [m, hidden] in the connection's buffer, and the bytes of its body.
+    def receive(self, hidden: int) -> tuple[torch.Tensor, FrameHeader]:
+        """The answer, rows [m, hidden] in the connection's buffer, and its header.
 
         Raises:
             TransportError: none came, or another one than was asked for.
@@ -45,7 +45,7 @@ class Exchange:
         expected = (len(self.slice.ids), hidden)
         if rows.shape != expected:
             raise WireError(f"{connection.peer} answered {tuple(rows.shape)}, not {expected}")
-        return rows, body.size
+        return rows, header
 
 
 def as_answered(exchanges: Sequence[Exchange]) -> Iterator[tuple[Exchange | None, int]]:

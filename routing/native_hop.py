@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from routing.exceptions import DeadlineExceeded, ShardRefused, TransportError, WireError
+from routing.expert_costs import RowCosts, nano_usd_per_ns
 from routing.links import ShardLinks
 from routing.pending import PendingCombine
 from routing.split import Owners
@@ -30,6 +31,7 @@ from routing.wire import max_rows_per_frame
 
 __all__ = ["NativeHop"]
 
+_COUNTERS = ("bytes_sent", "bytes_received", "wait_ns")  # as hop_counts has them
 _DTYPE_CODES = {torch.bfloat16: 1, torch.float32: 3}
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hop_new": (c_void_p, []),
@@ -53,6 +55,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "hop_weights": (c_void_p, [c_void_p]),
     "hop_sum": (c_void_p, [c_void_p]),
     "hop_counts": (None, [c_void_p, c_void_p]),
+    # hop, shards, prices, time and money per row
+    "hop_add_costs": (None, [c_void_p, c_int32, c_void_p, c_void_p, c_void_p]),
 }
 
 
@@ -95,6 +99,7 @@ class NativeHop:
         self._bound: tuple[RoutingTable, int] | None = None
         self._shape = (0, 0, 0)
         self._counts = (c_int64 * 3)()
+        self._prices = np.empty(0)
 
     @staticmethod
     def is_built() -> bool:
@@ -161,19 +166,27 @@ class NativeHop:
         )
         return asked
 
-    def receive(self, out: torch.Tensor, deadline: float) -> bool:
+    def receive(self, out: torch.Tensor, deadline: float, costs: RowCosts | None) -> bool:
         """Wait for all answers; True when `out` [n, H] (contiguous, of the rows' type) holds their
-        sum. Else see `failures`, `answered` and `asked`."""
+        sum. Else see `failures`, `answered` and `asked`. Adds to `costs` [n] what was answered."""
         num_shards = self._num_shards
         failed = self._library.hop_receive(
             self._hop, out.data_ptr(), num_shards, int(deadline * 1e9)
         )
+        if costs is not None:
+            self._library.hop_add_costs(
+                self._hop,
+                num_shards,
+                self._prices.ctypes.data,
+                costs.busy_ns.ctypes.data,
+                costs.nano_usd.ctypes.data,
+            )
         return bool(failed == 0)
 
-    def counts(self) -> tuple[int, int, int]:
-        """Bytes sent, bytes received, nanoseconds waited, since `send`."""
+    def counts(self) -> dict[str, int]:
+        """`EngineState` counters since `send`."""
         self._library.hop_counts(self._hop, self._counts)
-        return self._counts[0], self._counts[1], self._counts[2]
+        return dict(zip(_COUNTERS, self._counts, strict=True))
 
     def waiting(self) -> list[int]:
         """Indices of the shards that still owe an answer."""
@@ -228,6 +241,7 @@ class NativeHop:
             link = links.find(endpoint)
             descriptor = link.connection.fileno() if link else -1
             self._library.hop_set_socket(self._hop, index, descriptor)
+        self._prices = np.array([nano_usd_per_ns(s.usd_per_hour) for s in table.shards])
         self._bound = (table, links.generation)
         return True
 

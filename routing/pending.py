@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from routing.exchange import Exchange
+from routing.expert_costs import RowCosts
 from routing.split import RowSlice
 from routing.wire import Bytes, bytes_of, max_rows_per_frame
 
@@ -25,6 +25,7 @@ class PendingCombine:
     Attributes:
         layer: checkpoint layer id.
         x: [n, H], as the caller gave it.
+        costs: where the shards' time on its rows is added; None when nobody wants to know.
         row_bytes: uint8 [n, H * itemsize], the rows as they are sent.
         whole: all that is asked.
         next_row: rows before it have been sent; the others go in later waves.
@@ -39,6 +40,7 @@ class PendingCombine:
 
     layer: int
     x: torch.Tensor
+    costs: RowCosts | None = None
     row_bytes: Bytes = field(default_factory=lambda: _NO_BYTES)
     whole: RowSlice = field(default_factory=lambda: _NO_ROWS)
     next_row: int = 0
@@ -78,8 +80,11 @@ class PendingCombine:
         rows = np.arange(first, self.next_row)
         return RowSlice(rows, self.whole.ids[chosen], self.whole.weights[chosen])
 
-    def add(self, numbers: npt.NDArray[np.int64] | None, rows: torch.Tensor) -> None:
-        """Add a shard's answer [m, H] to the rows with these numbers (None: to all)."""
+    def add(self, exchange: Exchange, rows: torch.Tensor, busy_ns: int) -> None:
+        """Add a shard's answer [m, H], which took it `busy_ns`, to the rows that asked for it."""
+        if self.costs is not None:
+            self.costs.add(exchange.slice, busy_ns, exchange.link.endpoint.usd_per_hour)
+        numbers = exchange.slice.rows
         if self.sum is None and numbers is None:
             # A copy always: `rows` is a view of the connection's buffer.
             self.sum = rows.to(torch.float32, copy=True)

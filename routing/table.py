@@ -27,12 +27,14 @@ class ShardEndpoint:
         port: port of its data plane.
         incarnation: new random id for every process start. A connection whose peer answers with
             another one is a connection to a stranger.
+        usd_per_hour: price of its time, in USD per busy hour; 0 where nobody has set one.
     """
 
     shard_id: str
     host: str
     port: int
     incarnation: str
+    usd_per_hour: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +120,9 @@ class RoutingTable:
             "layers": list(self.layers),
             "num_experts": self.num_experts,
             "max_replicas": self.replicas.shape[2],
-            "shards": [[s.shard_id, s.host, s.port, s.incarnation] for s in self.shards],
+            "shards": [
+                [s.shard_id, s.host, s.port, s.incarnation, s.usd_per_hour] for s in self.shards
+            ],
         }
 
     def to_bytes(self) -> bytes:
@@ -144,7 +148,8 @@ class RoutingTable:
                 layers=layers,
                 num_experts=num_experts,
                 shards=tuple(
-                    ShardEndpoint(str(i), str(h), int(p), str(n)) for i, h, p, n in head["shards"]
+                    ShardEndpoint(str(i), str(h), int(p), str(n), float(usd))
+                    for i, h, p, n, usd in head["shards"]
                 ),
                 replicas=np.frombuffer(body, dtype="<i2").reshape(shape),
             )

@@ -46,7 +46,7 @@ HEADER_BYTES = 64  # a multiple of ALIGNMENT, so that a body received behind it 
 MAX_BODY_BYTES = 128 * 2**20
 MAX_TOPK = 1024
 _MAX_ERROR_BYTES = 2048
-_HEADER = struct.Struct("<4sBBHIiQIII28x")
+_HEADER = struct.Struct("<4sBBHIiQIIIQ20x")
 assert _HEADER.size == HEADER_BYTES
 
 _DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
@@ -88,6 +88,7 @@ class FrameHeader(NamedTuple):
         rows: rows in the body.
         extra: hidden size (requests and replies), `ErrorCode` (errors), else 0.
         body_bytes: length of the body.
+        busy_ns: time that the shard spent on it (replies), else 0.
     """
 
     kind: FrameKind
@@ -99,6 +100,7 @@ class FrameHeader(NamedTuple):
     rows: int = 0
     extra: int = 0
     body_bytes: int = 0
+    busy_ns: int = 0
 
     def to_bytes(self) -> bytes:
         """`HEADER_BYTES` bytes."""
@@ -111,7 +113,7 @@ class FrameHeader(NamedTuple):
         Raises:
             WireError: not a header of ours, or one that announces more than is allowed.
         """
-        magic, kind, *fields, body_bytes = _HEADER.unpack_from(data)
+        magic, kind, *fields, body_bytes, busy_ns = _HEADER.unpack_from(data)
         if magic != MAGIC:
             raise WireError(f"not a Moonshard frame (starts with {bytes(magic)!r})")
         if body_bytes > MAX_BODY_BYTES:
@@ -119,7 +121,7 @@ class FrameHeader(NamedTuple):
         known = _KINDS.get(kind)
         if known is None:
             raise WireError(f"unknown kind of frame: {kind}")
-        return cls._make((known, *fields, body_bytes))
+        return cls._make((known, *fields, body_bytes, busy_ns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +218,11 @@ def decode_request(header: FrameHeader, body: Bytes) -> RequestBody:
     )
 
 
-def encode_reply(request: FrameHeader, rows: torch.Tensor) -> Parts:
-    """Parts of the reply to `request`; `rows` [n, H] must be contiguous and is not copied."""
+def encode_reply(request: FrameHeader, rows: torch.Tensor, busy_ns: int = 0) -> Parts:
+    """Parts of the reply to `request`; `rows` [n, H] must be contiguous and is not copied.
+
+    `busy_ns` is the time that computing them took: whoever asked for them pays for it.
+    """
     row_bytes = bytes_of(rows).reshape(-1)
     header = FrameHeader(
         FrameKind.REPLY,
@@ -228,6 +233,7 @@ def encode_reply(request: FrameHeader, rows: torch.Tensor) -> Parts:
         rows=rows.shape[0],
         extra=rows.shape[1],
         body_bytes=row_bytes.size,
+        busy_ns=busy_ns,
     )
     return [header.to_bytes(), row_bytes.data]
 

@@ -39,7 +39,8 @@ struct __attribute__((packed)) Header {
   int32_t layer;
   uint64_t table_version;
   uint32_t rows, extra, body_bytes;
-  char padding[28];
+  uint64_t busy_ns;
+  char padding[20];
 };
 static_assert(sizeof(Header) == 64, "the header is 64 bytes on the wire");
 
@@ -73,6 +74,7 @@ struct Shard {
 
 struct Hop {
   Shard shards[kMaxShards];
+  uint16_t topk = 0;
   Buffer sum;                  // float32 [n, hidden]
   Buffer codes;                // int64 [n, topk]
   Buffer ids, weights;         // as given: the caller may reuse its own before all is answered
@@ -178,7 +180,7 @@ void post(Hop& hop, Shard& shard, int64_t code, const char* x, const int32_t* id
   shard.has_all_rows = count == n;
   const size_t routing = (size_t(8) * count * topk + kAlignment - 1) / kAlignment * kAlignment;
   Header header = {{'M', 'S', 'H', '1'}, kRequest, hop.dtype, topk, shard.sequence, layer,
-                   version, count, hop.hidden, uint32_t(routing + count * row_bytes), {}};
+                   version, count, hop.hidden, uint32_t(routing + count * row_bytes), 0, {}};
   std::memcpy(shard.out.data, &header, sizeof header);
   int32_t* out_ids = reinterpret_cast<int32_t*>(shard.out.data + sizeof header);
   float* out_weights = reinterpret_cast<float*>(out_ids + size_t(count) * topk);
@@ -341,6 +343,7 @@ int32_t hop_send(Hop* hop, const char* x, const int32_t* ids, const float* weigh
   }
   hop->num_rows = n;
   hop->hidden = hidden;
+  hop->topk = topk;
   hop->dtype = dtype;
   hop->has_sum = false;
   hop->bytes_sent = hop->bytes_received = hop->wait_ns = 0;
@@ -425,6 +428,33 @@ void hop_counts(const Hop* hop, int64_t* counts) {
   counts[0] = hop->bytes_sent;
   counts[1] = hop->bytes_received;
   counts[2] = hop->wait_ns;
+}
+
+// Splits the time that each shard spent over the (row, expert) pairs that it was asked for, and
+// adds each row's share to busy_ns [n] and, at the shard's price [num_shards], to money [n].
+void hop_add_costs(const Hop* hop, int32_t num_shards, const double* prices, double* busy_ns,
+                   double* money) {
+  const int64_t* codes = reinterpret_cast<const int64_t*>(hop->codes.data);
+  const size_t pairs = size_t(hop->num_rows) * hop->topk;
+  int64_t count[kMaxShards] = {};
+  double share[kMaxShards] = {};
+  for (size_t i = 0; i < pairs; ++i)
+    if (codes[i] >= kFirstShardCode) ++count[codes[i] - kFirstShardCode];
+  for (int32_t s = 0; s < num_shards; ++s) {
+    if (hop->shards[s].status != kDone || count[s] == 0) continue;
+    Header header;
+    std::memcpy(&header, hop->shards[s].in.data, sizeof header);
+    share[s] = double(header.busy_ns) / double(count[s]);
+  }
+  for (uint32_t row = 0; row < hop->num_rows; ++row) {
+    for (uint16_t k = 0; k < hop->topk; ++k) {
+      const int64_t code = codes[size_t(row) * hop->topk + k];
+      if (code < kFirstShardCode) continue;
+      const double spent = share[code - kFirstShardCode];
+      busy_ns[row] += spent;
+      money[row] += spent * prices[code - kFirstShardCode];
+    }
+  }
 }
 
 }  // extern "C"

@@ -8,6 +8,12 @@ from routing.vllm_plugin.settings import LOAD_FORMAT
 
 __all__ = ["engine_overrides"]
 
+# vLLM's own, but that they say whose rows a step has.
+_WORKERS = {
+    "cpu": "routing.vllm_plugin.cpu_worker.Worker",
+    "cuda": "routing.vllm_plugin.gpu_worker.Worker",
+}
+
 
 def engine_overrides(device: str) -> dict[str, Any]:
     """vLLM engine arguments for a device type, to be merged over the deployment's own.
@@ -22,7 +28,11 @@ def engine_overrides(device: str) -> dict[str, Any]:
     Raises:
         ValueError: another device.
     """
-    overrides: dict[str, Any] = {"load_format": LOAD_FORMAT, "tensor_parallel_size": 1}
+    overrides: dict[str, Any] = {
+        "load_format": LOAD_FORMAT,
+        "tensor_parallel_size": 1,
+        "worker_cls": _WORKERS.get(device, ""),
+    }
     if device == "cuda":
         overrides["compilation_config"] = {
             "cudagraph_mode": "PIECEWISE",

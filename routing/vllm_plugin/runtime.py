@@ -5,14 +5,18 @@ from __future__ import annotations
 import atexit
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
+from routing.cost_slots import CostSlots, CostWriter
 from routing.dispatcher import Dispatcher, DispatcherSettings, PendingCombine
 from routing.engine_state import EngineState
+from routing.expert_costs import RowCosts, StepRows
 from routing.table import RoutingTable
 from routing.table_feed import TableFeedClient
 from routing.vllm_plugin.exceptions import ExpertsNotReadyError, PluginSettingsError
@@ -52,6 +56,12 @@ class Runtime:
             self._state,
         )
         self._in_flight: dict[int, _InFlight] = {}
+        self._costs: CostWriter | None = None
+        if settings.costs_path is not None:
+            self._costs = CostWriter(CostSlots.open(Path(settings.costs_path)))
+        self._last_layer = -1
+        self._rows_of_step: Callable[[], StepRows] | None = None
+        self._row_costs: RowCosts | None = None
 
     def wait_for_experts(self, layers: set[int], num_experts: int, num_hidden_layers: int) -> None:
         """Wait until a table serves every expert of the model.
@@ -65,6 +75,7 @@ class Runtime:
         Raises:
             ExpertsNotReadyError: no whole table before `start_timeout_s`, or another model's.
         """
+        self._last_layer = max(layers)
         table = self._first_whole_table()
         served = {layer for layer in table.layers if layer < num_hidden_layers}
         if served != layers:
@@ -77,6 +88,17 @@ class Runtime:
                 f"shards serve {table.num_experts} experts per layer, the engine's model has "
                 f"{num_experts}; give both the same checkpoint"
             )
+
+    def begin_step(self, finished: Iterable[str], rows: Callable[[], StepRows]) -> None:
+        """A step begins. Profile and warm-up runs are none.
+
+        Args:
+            finished: requests that are over since the step before.
+            rows: tells whose rows the step has, once it runs.
+        """
+        self._rows_of_step, self._row_costs = rows, None
+        if self._costs is not None:
+            self._costs.close(finished)
 
     def dispatch(
         self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -93,7 +115,11 @@ class Runtime:
             rows, ids, weights = _to_host(
                 x[:num_rows], topk_ids[:num_rows], topk_weights[:num_rows]
             )
-            pending = self._dispatcher.dispatch(layer, rows, ids, weights)
+            if self._rows_of_step is not None and self._row_costs is None:
+                self._row_costs = RowCosts(num_rows)
+            pending = self._dispatcher.dispatch(
+                layer, rows, ids, weights, costs=self._row_costs if metadata else None
+            )
         except Exception:
             logger.exception("Dispatch of layer %d failed; running requests will end", layer)
         self._in_flight[layer] = _InFlight(num_rows, pending)
@@ -105,6 +131,8 @@ class Runtime:
             if in_flight is None or in_flight.pending is None:
                 raise RuntimeError(f"layer {layer} has nothing in flight")
             rows = self._dispatcher.combine(in_flight.pending)
+            if layer == self._last_layer:
+                self._end_step()
             if in_flight.num_rows == x.shape[0]:
                 return rows.to(x.device)
             output = torch.zeros_like(x)
@@ -120,6 +148,20 @@ class Runtime:
         self._dispatcher.close()
         self._tables.close()
         self._state.close()
+
+    def _end_step(self) -> None:
+        """Charge the step's requests, before any of its tokens can leave the engine."""
+        rows_of_step, costs = self._rows_of_step, self._row_costs
+        self._rows_of_step = self._row_costs = None
+        if rows_of_step is None or costs is None or self._costs is None:
+            return
+        try:
+            spent = self._costs.add(rows_of_step(), costs)
+        except Exception:
+            logger.exception("a step's costs could not be told apart")
+            spent = (0.0, 0.0, float(costs.busy_ns.sum()))
+        for name, ns in zip(("prompt", "generation", "unattributed"), spent, strict=True):
+            self._state.add(f"expert_{name}_ns", round(ns))
 
     def _first_whole_table(self) -> RoutingTable:
         deadline = time.monotonic() + self.settings.start_timeout_s

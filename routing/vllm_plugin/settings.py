@@ -34,6 +34,8 @@ class PluginSettings:
     Attributes:
         feed: "host:port" of the table feed of the replica.
         state_path: file made by `EngineState.create`.
+        costs_path: file made by `CostSlots.create`; None where nobody wants to know what requests
+            cost.
         token_file: file (mode 600) with the cluster's token; None where shards take none. Only
             its path passes through vLLM, which logs its config.
         recovery_timeout_s: how long a step waits for experts that nobody serves.
@@ -44,6 +46,7 @@ class PluginSettings:
 
     feed: str
     state_path: str
+    costs_path: str | None = None
     token_file: str | None = None
     recovery_timeout_s: float = 60.0
     request_timeout_s: float = 30.0

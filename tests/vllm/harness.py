@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from cluster.checkpoint import ExpertCheckpoint
+from routing.cost_slots import CostSlots
 from routing.engine_state import EngineState
 from routing.placement import build_table, place_experts
 from routing.table import ShardEndpoint
@@ -56,6 +57,7 @@ class Shards:
         self.token_file.touch(mode=0o600)
         self.token_file.write_text("a token of the tests")
         self.state = EngineState.create(folder / "state")
+        self.costs = CostSlots.create(folder / "costs", 256)
         self.feed = TableFeedServer("127.0.0.1", self.token_file.read_bytes())
         host, port = self.feed.start()
         self.feed_address = f"{host}:{port}"
@@ -104,6 +106,7 @@ class Shards:
         values: dict[str, Any] = {
             "feed": self.feed_address,
             "state_path": str(self.state.path),
+            "costs_path": str(self.costs.path),
             "token_file": str(self.token_file),
         }
         return PluginSettings(**(values | changes))
@@ -116,6 +119,7 @@ class Shards:
         self.feed.close()
         self.state.close()
         self.state.unlink()
+        self.costs.unlink()
 
     def _adopt(self, name: str, process: subprocess.Popen[str]) -> None:
         self._processes[name] = process
