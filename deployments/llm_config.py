@@ -10,6 +10,7 @@ from ray.serve.llm import LLMConfig
 
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
+from deployments.scaling import POLICY
 
 __all__ = ["ROUTER_NAME", "LocalCheckpoint", "build_llm_config", "device_of", "replica_cpus"]
 
@@ -109,6 +110,7 @@ def _deployment_options(config: MoonshardConfig) -> dict[str, Any]:
             **scaling.model_dump(),
             "look_back_period_s": look_back_s,
             "metrics_interval_s": min(5.0, look_back_s / 2),
+            "policy": {"policy_function": POLICY},
         },
         "max_ongoing_requests": router.max_ongoing_requests,
         "graceful_shutdown_timeout_s": router.graceful_shutdown_timeout_s,
