@@ -96,8 +96,8 @@ class Runtime:
             finished: requests that are over since the step before.
             rows: tells whose rows the step has, once it runs.
         """
-        self._rows_of_step, self._row_costs = rows, None
         if self._costs is not None:
+            self._rows_of_step, self._row_costs = rows, None
             self._costs.close(finished)
 
     def dispatch(
