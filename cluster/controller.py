@@ -14,8 +14,10 @@ from ray import serve
 from ray.actor import exit_actor
 
 from cluster.config import MoonshardConfig
+from cluster.controller_metrics import ControllerMetrics, ControllerState
 from cluster.exceptions import ConfigError, ShardStartError
 from cluster.fleet import Fleet, FleetPlan, plan_fleet, remove_leftovers
+from cluster.node_prices import with_prices
 from cluster.ray_adapter import list_nodes, serve_is_running
 from cluster.reconcile import ClusterState, ShardView, Verdict, judge, serving
 from cluster.records import (
@@ -53,10 +55,12 @@ class Controller:
         self._changed = asyncio.Condition()  # a new table, or the end
         self._dirty = asyncio.Event()
         self._fleet: Fleet | None = None
+        self._metrics = ControllerMetrics(self._metrics_state)
+        self._config: MoonshardConfig | None = None  # prices may differ from the fleet's own
         self._record: ControllerRecord | None = None
         self._failure = ""
         self._table: RoutingTable | None = None
-        self._published: dict[str, ShardEndpoint] | None = None
+        self._published: dict[str, tuple[ShardEndpoint, float]] | None = None  # with their prices
         self._is_ending = False
         self._token = await asyncio.to_thread(cluster_token)
         self._record = await asyncio.to_thread(load_record)
@@ -88,7 +92,7 @@ class Controller:
                 await self._start(self._record)  # its shards may be serving
             if self._fleet is not None:
                 _refuse_change(self._fleet.plan, config, fingerprint)
-                await self._belong_to(application)
+                await self._belong_to(application, config_json)
                 return
             self._application = application
             await asyncio.to_thread(remove_leftovers)
@@ -154,19 +158,26 @@ class Controller:
                 logger.exception("the shards could not be taken up; trying again")
                 await asyncio.sleep(_TAKE_UP_RETRY_S)
 
-    async def _belong_to(self, application: str) -> None:
-        """The shards go with the application that asked for them last."""
+    async def _belong_to(self, application: str, config_json: str) -> None:
+        """The shards go with the application that asked for them last, at its prices."""
         record = self._record
-        if application and record is not None and application != record.application:
-            self._application = application
-            self._record = replace(record, application=application)
-            await asyncio.to_thread(store_record, self._record)
+        assert record is not None
+        self._application = application or record.application
+        adopted = replace(record, application=self._application, config_json=config_json)
+        if adopted == record:
+            return
+        self._record = adopted
+        await asyncio.to_thread(store_record, adopted)
+        self._config = MoonshardConfig.model_validate_json(config_json)
+        await self._metrics.start(self._config)
+        self._dirty.set()
 
     async def _start(self, record: ControllerRecord) -> None:
         config = MoonshardConfig.model_validate_json(record.config_json)
         plan = await asyncio.to_thread(plan_fleet, config)
         await asyncio.to_thread(store_record, record)
-        self._record, self._failure = record, ""
+        self._record, self._failure, self._config = record, "", config
+        await self._metrics.start(config)
         self._fleet = Fleet(plan, self._token, self._shard_changed)
         self._fleet.start()
         logger.info("wanted: %d shards of %s", len(plan.held), config.model.id)
@@ -176,9 +187,14 @@ class Controller:
             await fleet.stop(fleet.plan.config.shards.drain_timeout_s if drain else 0)
         else:
             await asyncio.to_thread(remove_leftovers)
+        await self._metrics.stop()  # behind the shards, which hand on their last counts
         await asyncio.to_thread(store_record, None)
         self._fleet = self._record = None
         self._table = self._published = None
+
+    def _metrics_state(self) -> ControllerState:
+        fleet, table = self._fleet, self._table
+        return ControllerState(fleet.views if fleet else [], table.version if table else 0)
 
     def _shard_changed(self, view: ShardView) -> None:
         self._dirty.set()
@@ -215,7 +231,8 @@ class Controller:
 
     async def _publish(self) -> None:
         fleet, record, verdict = self._fleet, self._record, self._verdict()
-        if fleet is None or record is None:
+        config = self._config
+        if fleet is None or record is None or config is None:
             return
         if verdict.state is ClusterState.FAILED:
             await self._fail(verdict.reason)
@@ -223,14 +240,20 @@ class Controller:
         if verdict.state is ClusterState.READY and not record.established:
             self._record = record.as_established()
             await asyncio.to_thread(store_record, self._record)
-        endpoints = serving(fleet.views)
-        if endpoints is None or endpoints == self._published:
+        views = fleet.views
+        endpoints = serving(views)
+        if endpoints is None:
+            return
+        nodes = await asyncio.to_thread(list_nodes)
+        endpoints = with_prices(endpoints, views, nodes, config.costs)
+        priced = {name: (endpoint, endpoint.usd_per_hour) for name, endpoint in endpoints.items()}
+        if priced == self._published:
             return
         table = await asyncio.to_thread(_make_table, fleet.plan, endpoints)
         logger.info(
             "table %d: %d of %d shards", table.version, len(endpoints), len(fleet.plan.held)
         )
-        self._table, self._published = table, endpoints
+        self._table, self._published = table, priced
         async with self._changed:
             self._changed.notify_all()
 

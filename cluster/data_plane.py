@@ -18,6 +18,7 @@ import torch
 
 from cluster.exceptions import ShardStartError
 from cluster.kernels.base import ExpertKernel
+from cluster.shard_counters import ShardCounters
 from routing.listener import Listener
 from routing.tcp import TcpConnection
 from routing.throttle import LogThrottle
@@ -99,6 +100,7 @@ class DataPlaneServer:
         port: port to bind; 0 takes a free one.
         token: what dispatchers must hold; None admits everybody (loopback only).
         incarnation: random id of this start of the shard, told to every dispatcher.
+        counters: where to count, for the kernel's layers and experts; in memory by default.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class DataPlaneServer:
         port: int = 0,
         token: bytes | None,
         incarnation: str,
+        counters: ShardCounters | None = None,
     ) -> None:
         self._kernel = kernel
         self._host = host
@@ -119,9 +122,7 @@ class DataPlaneServer:
         self._idle = threading.Condition()
         self._in_flight = 0
         self._is_draining = False
-        self._requests = self._errors = self._rows = self._busy_ns = 0
-        self._bytes_received = self._bytes_sent = 0
-        self._expert_rows = np.zeros((len(kernel.layers), len(kernel.experts)), dtype=np.int64)
+        self._counters = counters or ShardCounters.in_memory(kernel.layers, kernel.experts)
         self._throttle = LogThrottle()
         self._listener = Listener("data-plane", host, port, token, incarnation, self._serve)
 
@@ -141,20 +142,21 @@ class DataPlaneServer:
     def stats(self) -> DataPlaneStats:
         """A snapshot."""
         with self._idle:
+            figures = self._counters.figures()
             return DataPlaneStats(
-                requests=self._requests,
-                errors=self._errors,
-                rows=self._rows,
-                bytes_received=self._bytes_received,
-                bytes_sent=self._bytes_sent,
-                busy_ns=self._busy_ns,
+                requests=figures.requests,
+                errors=figures.errors,
+                rows=figures.rows,
+                bytes_received=figures.bytes_received,
+                bytes_sent=figures.bytes_sent,
+                busy_ns=figures.busy_ns,
                 queued=max(0, self._in_flight - self._compute.locked()),
                 connections=self._listener.num_connections,
                 refused=self._listener.num_refused,
                 broken=self._listener.num_broken,
                 layers=self._kernel.layers,
                 experts=self._kernel.experts,
-                expert_rows=self._expert_rows.copy(),
+                expert_rows=figures.expert_rows,
             )
 
     def drain(self, deadline_s: float) -> bool:
@@ -198,7 +200,7 @@ class DataPlaneServer:
     def _accept(self) -> bool:
         with self._idle:
             if self._is_draining:
-                self._errors += 1
+                self._counters.add_error()
                 return False
             self._in_flight += 1
             return True
@@ -210,15 +212,16 @@ class DataPlaneServer:
                 self._idle.notify_all()
             if isinstance(work, _Work):
                 asked = work.local_ids[work.local_ids >= 0]
-                self._requests += 1
-                self._rows += header.rows
-                self._busy_ns += work.busy_ns
-                self._bytes_received += header.body_bytes
-                self._bytes_sent += work.out.nbytes
-                per_expert = np.bincount(asked, minlength=self._expert_rows.shape[1])
-                self._expert_rows[self._layer_index[header.layer]] += per_expert
+                self._counters.add(
+                    self._layer_index[header.layer],
+                    rows=header.rows,
+                    busy_ns=work.busy_ns,
+                    bytes_received=header.body_bytes,
+                    bytes_sent=work.out.nbytes,
+                    rows_per_expert=np.bincount(asked, minlength=len(self._kernel.experts)),
+                )
             else:
-                self._errors += 1
+                self._counters.add_error()
 
     def _compute_or_refuse(self, header: FrameHeader, request: RequestBody) -> _Work | _Refusal:
         try:

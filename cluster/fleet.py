@@ -125,6 +125,7 @@ def _shard_plan(plan: FleetPlan, shard_id: str, token: bytes) -> ShardPlan:
         bind_host=shards.bind_host,
         num_threads=shards.num_threads,
         kernel=shards.kernel,
+        push_interval_s=plan.config.metrics.push_interval_s,
     )
     return ShardPlan(spec=spec, resources=plan.resources, config=shards)
 

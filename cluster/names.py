@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["CONTROLLER_NAME", "NAMESPACE", "SHARD_PREFIX", "actor_name", "shard_ids"]
+__all__ = [
+    "CONTROLLER_NAME",
+    "METRICS_NAME",
+    "NAMESPACE",
+    "SHARD_PREFIX",
+    "actor_name",
+    "shard_ids",
+]
 
 NAMESPACE = "moonshard"
-"""Ray namespace of the controller and the shards."""
+"""Ray namespace of all of them."""
 
 CONTROLLER_NAME = "moonshard-controller"
 """Name of the controller's actor."""
+
+METRICS_NAME = "moonshard-metrics"
+"""Name of the actor that adds up all metrics."""
 
 SHARD_PREFIX = "moonshard-shard-"
 """Start of the names of shards' actors and placement groups."""

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray._private import state as ray_state
 from ray._raylet import PlacementGroupID
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
@@ -28,11 +29,13 @@ __all__ = [
     "list_groups",
     "list_nodes",
     "log_folder",
+    "serve_http_host",
     "serve_is_running",
 ]
 
 _KV_NAMESPACE = b"moonshard"
 _SERVE_CONTROLLER = ("SERVE_CONTROLLER_ACTOR", "serve")
+_SERVE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,3 +172,15 @@ def serve_is_running() -> bool:
     except ValueError:
         return False
     return True
+
+
+def serve_http_host() -> str | None:
+    """Address on which Ray Serve's proxies listen; None when that cannot be known."""
+    name, namespace = _SERVE_CONTROLLER
+    try:
+        controller = ray.get_actor(name, namespace=namespace)
+        options = ray.get(controller.get_http_config.remote(), timeout=_SERVE_TIMEOUT_S)
+    except (ValueError, RayError):
+        return None
+    host: str | None = options.host
+    return host

@@ -16,8 +16,10 @@ from cluster.checkpoint import ExpertCheckpoint
 from cluster.data_plane import DataPlaneServer
 from cluster.exceptions import CheckpointError, MoonshardError
 from cluster.kernels import build_kernel
+from cluster.metrics_actor import MetricsSender
 from cluster.reconcile import Phase, ShardReport
-from monitoring.metrics import ShardMetrics
+from cluster.shard_counters import node_folder
+from cluster.shard_metrics import ShardMetrics
 
 __all__ = ["ExpertShard", "ShardSpec"]
 
@@ -37,6 +39,7 @@ class ShardSpec:
         bind_host: address of the data plane; `auto` is the node's Ray address.
         num_threads: compute threads.
         kernel: `auto`, `vllm` or `torch`.
+        push_interval_s: how often it hands on what it has counted.
     """
 
     shard_id: str
@@ -47,6 +50,7 @@ class ShardSpec:
     bind_host: str = "auto"
     num_threads: int = 1
     kernel: Literal["auto", "vllm", "torch"] = "auto"
+    push_interval_s: float = 1.0
 
 
 class ExpertShard:
@@ -70,6 +74,15 @@ class ExpertShard:
             node_id=context.get_node_id(),
             node_ip=self._node_ip,
         )
+        self._metrics = ShardMetrics(
+            spec.shard_id,
+            self._report.incarnation,
+            token=spec.token,
+            folder=node_folder(),
+            send=MetricsSender().send_blocking,
+            interval_s=spec.push_interval_s,
+        )
+        self._metrics.start()
         self._loader = threading.Thread(target=self._start, name="load", daemon=True)
         self._loader.start()
 
@@ -83,7 +96,9 @@ class ExpertShard:
         """Answer what was accepted, accept nothing more; whether that was done in time."""
         self._update(phase=Phase.DRAINING)
         server = self._server
-        return True if server is None else server.drain(deadline_s)
+        is_drained = True if server is None else server.drain(deadline_s)
+        self._metrics.close()
+        return is_drained
 
     def _update(self, **changes: object) -> None:
         with self._lock:
@@ -113,12 +128,19 @@ class ExpertShard:
         )
         kernel = build_kernel(weights, spec.kernel, spec.num_threads)
         is_fallback = kernel.name == "torch" and spec.kernel == "auto"
-        ShardMetrics(spec.shard_id).kernel_chosen(kernel.name, is_fallback=is_fallback)
+        self._metrics.kernel_chosen(kernel.name, is_fallback=is_fallback)
         host = self._node_ip if spec.bind_host == "auto" else spec.bind_host
         server = DataPlaneServer(
-            kernel, host=host, token=spec.token, incarnation=self._report.incarnation
+            kernel,
+            host=host,
+            token=spec.token,
+            incarnation=self._report.incarnation,
+            counters=self._metrics.make_counters(
+                kernel.layers, kernel.experts, checkpoint.num_experts
+            ),
         )
         port = server.start()
+        self._metrics.serving(server)
         with self._lock:
             self._server = server
         self._update(phase=Phase.READY, progress=1.0, host=host, port=port, kernel=kernel.name)

@@ -11,15 +11,14 @@ from ray.serve import Application
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from cluster.config import MoonshardConfig, parse_config
+from deployments.gateway.model_context import context_bound
 from deployments.http_app import ENDPOINTS, build_http_app
-from deployments.ingress import Ingress
-from deployments.llm_config import ROUTER_NAME, build_llm_config
+from deployments.ingress import Ingress, find_gateway
+from deployments.llm_config import build_llm_config
+from deployments.names import INGRESS_NAME, ROUTER_NAME
 from deployments.router import Router
 
 __all__ = ["INGRESS_NAME", "build", "build_native"]
-
-INGRESS_NAME = "ingress"
-"""Serve deployment of the ingress."""
 
 _INGRESS_MAX_ONGOING = 10_000
 
@@ -51,10 +50,14 @@ def _build(config: MoonshardConfig, *, remote_experts: bool) -> Application:
     router = build_llm_deployment(
         llm_config,
         deployment_cls=Router,
-        bind_kwargs={"config_json": config.model_dump_json(), "remote_experts": remote_experts},
+        bind_kwargs={
+            "config_json": _without_database(config).model_dump_json(),
+            "remote_experts": remote_experts,
+        },
         override_serve_options={"name": ROUTER_NAME},
     )
-    ingress_cls = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=build_http_app())
+    http_app = build_http_app(find_gateway)
+    ingress_cls = make_fastapi_ingress(Ingress, endpoint_map=ENDPOINTS, app=http_app)
     ingress = serve.deployment(
         ingress_cls,
         name=INGRESS_NAME,
@@ -66,6 +69,15 @@ def _build(config: MoonshardConfig, *, remote_experts: bool) -> Application:
     return ingress.bind(
         llm_deployments={name: router},
         model_cards={name: to_model_metadata(name, llm_config)},
-        max_body_bytes=config.http.max_body_bytes,
-        request_timeout_s=config.router.request_timeout_s,
+        config_json=config.model_dump_json(),
+        max_model_len=context_bound(config),
     )
+
+
+def _without_database(config: MoonshardConfig) -> MoonshardConfig:
+    """For all but the ingress: where the database is and how to get in is its business alone."""
+    if config.ledger.url is None:
+        return config
+    kind = config.ledger.url.partition(":")[0]
+    ledger = config.ledger.model_copy(update={"url": f"{kind}://"})
+    return config.model_copy(update={"ledger": ledger})

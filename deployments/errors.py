@@ -11,10 +11,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 __all__ = [
+    "RETRY_AFTER_S",
     "ApiError",
     "bad_request",
     "context_length_exceeded",
+    "error_response",
     "experts_unavailable",
     "from_engine",
     "from_validation",
@@ -24,6 +28,7 @@ __all__ = [
 ]
 
 RETRY_AFTER_S = 5
+"""Retry-After of passing trouble."""
 
 _FIELD_RULES = {
     "messages": "a list of messages, each with a known role and text content",
@@ -95,6 +100,7 @@ class ApiError(Exception):
         param: field that is wrong; None where there is none.
         type: OpenAI's family; from the status when None.
         retry_after_s: value of Retry-After; no header when None.
+        headers: further headers of the answer.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class ApiError(Exception):
         param: str | None = None,
         type: str | None = None,
         retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -114,6 +121,7 @@ class ApiError(Exception):
         self.param = param
         self.type = type or ("server_error" if status >= 500 else "invalid_request_error")
         self.retry_after_s = retry_after_s
+        self._headers = dict(headers or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (
@@ -123,6 +131,7 @@ class ApiError(Exception):
             self.param,
             self.type,
             self.retry_after_s,
+            self._headers,
         )
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -138,7 +147,9 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.retry_after_s is None:
+            return dict(self._headers)
+        return {**self._headers, "Retry-After": str(self.retry_after_s)}
 
     def event(self) -> str:
         """The error as a server-sent event, for a stream that has begun."""
@@ -152,8 +163,22 @@ def _rebuild(
     param: str | None,
     type: str,
     retry_after_s: int | None,
+    headers: dict[str, str],
 ) -> ApiError:
-    return ApiError(status, message, code, param=param, type=type, retry_after_s=retry_after_s)
+    return ApiError(
+        status,
+        message,
+        code,
+        param=param,
+        type=type,
+        retry_after_s=retry_after_s,
+        headers=headers,
+    )
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The HTTP answer of an error."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
 
 
 def bad_request(message: str, code: str = "invalid_value", param: str | None = None) -> ApiError:

@@ -1,4 +1,4 @@
-"""The ingress deployment: OpenAI's endpoints, in front of the router."""
+"""The ingress deployment: OpenAI's endpoints and the gateway, in front of the router."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Request
+from fastapi import Query, Request
+from ray import serve
 from ray.exceptions import RayError
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
@@ -19,52 +20,85 @@ from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
+from cluster.config import MoonshardConfig
+from cluster.metrics_actor import MetricsSender
+from cluster.ray_adapter import serve_http_host
+from deployments.accounting import ACCOUNT_HEADER
 from deployments.answers import to_api_error
 from deployments.errors import (
     ApiError,
+    bad_request,
+    error_response,
     experts_unavailable,
-    internal_error,
     model_not_found,
     timed_out,
 )
-from deployments.http_app import error_response
+from deployments.gateway.admission import Order, TokenLimits, order_chat, order_completion
+from deployments.gateway.cluster_metrics import ClusterMetrics
+from deployments.gateway.gateway import Gateway
+from deployments.gateway.local_peers import check_exposure
+from deployments.gateway.passage import Passage
+from deployments.gateway.refusals import Refusal, forbidden, model_not_allowed
+from deployments.gateway.usage_report import DEFAULT_GROUPS, as_csv, as_json, as_time, grouping
+from deployments.relay import EventStream, ending_of, failure, first_of, never_sent
 from deployments.request_rules import parse_request, read_json
+from monitoring.exposition import CONTENT_TYPE
+from monitoring.ledger import UsageQuery
+from monitoring.usage import Principal
 
-__all__ = ["Ingress", "without_credentials"]
+__all__ = ["Ingress", "find_gateway", "without_credentials"]
 
 logger = logging.getLogger(__name__)
 
-_DONE_EVENT = "data: [DONE]\n\n"
 _READY_TIMEOUT_S = 5.0
 _READY_MEMORY_S = 60.0
 _FORWARDED_HEADERS = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 
+# Characters that no database takes in a string are in no name.
+_Name = Annotated[str | None, Query(max_length=256, pattern=r"^[^\x00]*$")]
+_Time = Annotated[str | None, Query(max_length=40)]
+
+
+def find_gateway() -> Gateway:
+    """The gateway of the replica that this code runs in."""
+    ingress: Any = serve.get_replica_context().servable_object
+    gateway: Gateway = ingress.gateway
+    return gateway
+
 
 class Ingress(OpenAiIngress):  # type: ignore[misc]
-    """Ray Serve LLM's ingress with our request reading, errors and readiness.
+    """Ray Serve LLM's ingress with our gateway, request reading, errors and readiness.
 
     Args:
         llm_deployments, model_cards: see `OpenAiIngress`.
-        max_body_bytes: largest request body.
-        request_timeout_s: longest time for one request, its stream included.
+        config_json: the `MoonshardConfig` as JSON.
+        max_model_len: the model's context in tokens, or an upper bound of it.
     """
 
-    def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         llm_deployments: dict[str, DeploymentHandle[Any]],
         model_cards: dict[str, Any],
         *,
-        max_body_bytes: int,
-        request_timeout_s: float,
+        config_json: str,
+        max_model_len: int,
     ) -> None:
         super().__init__(llm_deployments, model_cards)
-        logging.getLogger("deployments").setLevel(logging.INFO)
-        self._max_body_bytes = max_body_bytes
-        self._request_timeout_s = request_timeout_s
+        for package in ("deployments", "monitoring"):
+            logging.getLogger(package).setLevel(logging.INFO)
+        self._config = MoonshardConfig.model_validate_json(config_json)
+        self._limits = TokenLimits(self._config.gateway.default_max_tokens, max_model_len)
+        self._metrics = ClusterMetrics()
         self._created = int(time.time())
         self._was_ready_at = float("-inf")
+        self.gateway = await self._open_gateway()
+
+    async def __del__(self) -> None:
+        # Serve calls this when a replica ends, and awaits it.
+        if hasattr(self, "gateway"):
+            await self.gateway.close()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -74,15 +108,73 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         """POST /v1/completions."""
         return await self._answer(request, "completions", CompletionRequest)
 
-    async def models(self) -> dict[str, Any]:
-        """GET /v1/models."""
-        return {"object": "list", "data": [self._card(name) for name in self._model_cards]}
+    async def models(self, request: Request) -> dict[str, Any]:
+        """GET /v1/models: those that the caller may use."""
+        principal: Principal = request.state.principal
+        names = [name for name in self._model_cards if _may_use(principal, name)]
+        return {"object": "list", "data": [self._card(name) for name in names]}
 
-    async def model_data(self, model: str) -> dict[str, Any]:
+    async def model_data(self, request: Request, model: str) -> dict[str, Any]:
         """GET /v1/models/{id}."""
         if model not in self._model_cards:
             raise model_not_found()
+        if not _may_use(request.state.principal, model):
+            self.gateway.rejected("model_not_allowed")
+            raise model_not_allowed()
         return self._card(model)
+
+    async def usage(
+        self,
+        request: Request,
+        group_by: Annotated[str, Query(max_length=64)] = DEFAULT_GROUPS,
+        start: _Time = None,
+        end: _Time = None,
+        team: _Name = None,
+        key: _Name = None,
+        model: _Name = None,
+        format: Literal["json", "csv"] | None = None,
+    ) -> Response:
+        """GET /v1/usage: tokens and cost; a key sees its own, an administrator's all."""
+        principal: Principal = request.state.principal
+        if not principal.is_admin:
+            if key not in (None, principal.key_id):
+                self.gateway.rejected("forbidden")
+                raise forbidden()
+            key = principal.key_id
+        try:
+            query = UsageQuery(
+                group_by=grouping(group_by),
+                key_id=key,
+                team=team,
+                model=model,
+                start=None if start is None else as_time(start),
+                end=None if end is None else as_time(end),
+            )
+        except ValueError as error:
+            raise bad_request(f"{str(error).capitalize()}.") from None
+        rows = await self.gateway.usage(query)
+        if format is None and "text/csv" in request.headers.get("accept", ""):
+            format = "csv"
+        if format == "csv":
+            headers = {"content-disposition": 'attachment; filename="usage.csv"'}
+            return Response(as_csv(rows, query), headers=headers, media_type="text/csv")
+        return JSONResponse(as_json(rows, query))
+
+    async def experts(self) -> Response:
+        """GET /v1/experts: the load of every expert."""
+        return JSONResponse(await self._metrics.experts())
+
+    async def metrics(self) -> Response:
+        """GET /metrics: all of the cluster's metrics, for Prometheus."""
+        return Response(await self._metrics.snapshot(), headers={"content-type": CONTENT_TYPE})
+
+    async def record_usage(self, lines: list[str]) -> int:
+        """What requests used, from the routers; how many records were new.
+
+        Raises:
+            LedgerUnavailable: send them again.
+        """
+        return await self.gateway.record_usage(lines)
 
     async def health(self) -> dict[str, str]:
         """GET /health: this process answers."""
@@ -94,6 +186,12 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         if reason:
             return error_response(experts_unavailable(reason))
         return JSONResponse({"status": "ready"})
+
+    async def _open_gateway(self) -> Gateway:
+        if (host := await asyncio.to_thread(serve_http_host)) is not None:
+            check_exposure(host, require_keys=self._config.gateway.require_keys)
+        name = serve.get_replica_context().replica_id.unique_id
+        return await Gateway.open(self._config, MetricsSender().send, name)
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "moonshard"}
@@ -121,30 +219,57 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             raise model_not_found()
         return str(model)
 
-    async def _answer(self, request: Request, method: str, request_cls: type[Any]) -> Response:
-        deadline = asyncio.get_running_loop().time() + self._request_timeout_s
+    async def _answer(self, request: Request, endpoint: str, request_cls: type[Any]) -> Response:
+        timeout_s = self._config.router.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        passage = self.gateway.arrived(request.state.principal)
         try:
             async with asyncio.timeout_at(deadline):
-                data = await read_json(request, self._max_body_bytes)
-                items = self._get_response(
-                    body=parse_request(request_cls, data),
-                    call_method=method,
-                    raw_request=without_credentials(request),
-                )
-                first = await _first_of(items)
+                items = await self._enter(request, endpoint, request_cls, passage)
+                first = await first_of(items, passage)
+            if isinstance(first, ErrorResponse):
+                raise to_api_error(first)
         except TimeoutError:
-            raise timed_out(self._request_timeout_s) from None
-        except ApiError:
+            passage.end("timeout")
+            raise timed_out(timeout_s) from None
+        except Refusal as refusal:
+            self.gateway.rejected(refusal.reason)
+            passage.end("rejected")
             raise
-        except Exception as error:  # noqa: BLE001 - the process boundary; _failure logs it
-            raise _failure(error) from None
+        except ApiError as error:
+            passage.end(ending_of(error))
+            raise
+        except Exception as error:  # noqa: BLE001 - the process boundary; `failure` logs it
+            passage.end("server_error", was_sent=not never_sent(error))
+            raise failure(error) from None
+        except BaseException:
+            passage.end("client_closed")
+            raise
         if isinstance(first, list):
-            events = self._events(first, items, deadline)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return EventStream(first, items, passage, deadline, timeout_s)
+        passage.end("ok")
         await items.aclose()
-        if isinstance(first, ErrorResponse):
-            raise to_api_error(first)
         return JSONResponse(first.model_dump())
+
+    async def _enter(
+        self, request: Request, endpoint: str, request_cls: type[Any], passage: Passage
+    ) -> AsyncGenerator[Any, None]:
+        """Read the request, and hand it on once it may."""
+        http = self._config.http
+        data, num_bytes = await read_json(request, http.max_body_bytes, http.body_timeout_s)
+        body = parse_request(request_cls, data)
+        model = await self._get_model_id(body.model)
+        if not _may_use(passage.principal, model):
+            raise model_not_allowed()
+        order: Order
+        if endpoint == "chat":
+            order = order_chat(body, data, model, num_bytes, self._limits)
+        else:
+            order = order_completion(body, model, num_bytes, self._limits)
+        await passage.enter(order, request.state.answer_headers)
+        return self._get_response(
+            body=body, call_method=endpoint, raw_request=_billed(request, passage.account)
+        )
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -163,60 +288,19 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             if not is_done:
                 response.cancel()
 
-    async def _events(
-        self, first: list[str], items: AsyncGenerator[Any, None], deadline: float
-    ) -> AsyncGenerator[str, None]:
-        try:
-            yield "".join(first)
-            while True:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        batch = await anext(items, None)
-                except TimeoutError:
-                    yield timed_out(self._request_timeout_s).event() + _DONE_EVENT
-                    return
-                except Exception as error:  # noqa: BLE001 - the process boundary; _failure logs it
-                    yield _failure(error).event() + _DONE_EVENT
-                    return
-                if batch is None:
-                    return
-                yield "".join(batch)
-        finally:
-            await items.aclose()
 
-
-async def _first_of(items: AsyncGenerator[Any, None]) -> Any:
-    """The first item, or, where it is an error, that alone; closes `items` when it fails.
-
-    A whole answer is the only item: the request is let end by itself, not cancelled at its end.
-    """
-    try:
-        first = await anext(items)
-        if not isinstance(first, list):
-            await anext(items, None)
-    except BaseException:
-        await items.aclose()
-        raise
-    if isinstance(first, list) and isinstance(first[0], ErrorResponse):
-        return first[0]
-    return first
-
-
-def _failure(error: Exception) -> ApiError:
-    """What a caller hears when the way to the router fails."""
-    if isinstance(error, BackPressureError):
-        return experts_unavailable("it is overloaded")
-    if isinstance(error, RayServeException):
-        logger.warning("the router is not there: %r", error)
-        return experts_unavailable("the router is not there")
-    if isinstance(error, RayError):
-        logger.error("the router failed to answer: %s", type(error).__name__, exc_info=error)
-        return internal_error()
-    logger.error("the ingress failed to answer", exc_info=error)
-    return internal_error()
+def _may_use(principal: Principal, model: str) -> bool:
+    return not principal.models or model in principal.models
 
 
 def without_credentials(request: Request) -> Request:
     """The request with those headers only that the router has a use for."""
     headers = [pair for pair in request.scope["headers"] if pair[0].lower() in _FORWARDED_HEADERS]
     return Request({**request.scope, "headers": headers})
+
+
+def _billed(request: Request, account: str) -> Request:
+    """The request as a router gets it, with our word on whom to bill."""
+    forwarded = without_credentials(request)
+    headers = [*forwarded.scope["headers"], (ACCOUNT_HEADER.encode(), account.encode())]
+    return Request({**forwarded.scope, "headers": headers})

@@ -10,12 +10,10 @@ from ray.serve.llm import LLMConfig
 
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
+from deployments.names import ROUTER_NAME
 from deployments.scaling import POLICY
 
 __all__ = ["ROUTER_NAME", "LocalCheckpoint", "build_llm_config", "device_of", "replica_cpus"]
-
-ROUTER_NAME = "router"
-"""Serve deployment of the router replicas."""
 
 _MIN_CPUS = 0.001
 _MAX_CHOICES = 128  # OpenAI's own limit

@@ -19,10 +19,8 @@ from cluster.client import ensure_controller
 from cluster.config import MoonshardConfig
 from deployments.guard import ExpertsGuard
 from deployments.table_relay import TableRelay
-from monitoring.metrics import RouterMetrics
 from routing.cost_slots import CostReader, CostSlots, RequestCost
 from routing.engine_state import EngineState
-from routing.native_hop import NativeHop
 from routing.table_feed import TableFeedServer
 from routing.vllm_plugin import PluginSettings, engine_overrides
 
@@ -81,8 +79,6 @@ class RemoteExperts:
     def engine_started(self) -> None:
         """The engine has opened the files: their names may go, so that nothing can be left."""
         self._remove_files()
-        # The worker, which is no Ray process, says the same in its log.
-        RouterMetrics().hop_chosen(is_fallback=not NativeHop.is_built())
 
     async def cost_of(self, request_id: str) -> RequestCost | None:
         """What the shards spent on a request of the engine's that is over; None when nothing.

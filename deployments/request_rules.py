@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from typing import Any, TypeVar
@@ -37,20 +38,33 @@ _INT64 = range(-(2**63), 2**63)
 _CONTENT_ROLES = ROLES - {"assistant"}
 
 
-async def read_json(request: Request, max_body_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object.
+async def read_json(
+    request: Request, max_body_bytes: int, timeout_s: float
+) -> tuple[dict[str, Any], int]:
+    """The body as a JSON object, and its size in bytes.
+
+    Args:
+        timeout_s: longest time in which all of it must arrive.
 
     Raises:
-        ApiError: it is too large, no JSON, or not an object.
+        ApiError: it is too slow, too large, no JSON, or not an object.
     """
-    body = await _read_body(request, max_body_bytes)
     try:
-        data = json.loads(body)
+        async with asyncio.timeout(timeout_s):
+            body = await _read_body(request, max_body_bytes)
+    except TimeoutError:
+        raise ApiError(
+            408, f"The body did not arrive within {timeout_s:g} s.", "request_timeout"
+        ) from None
+    try:
+        # Only UTF-8: in UTF-16 a text may take fewer bytes than it has tokens, and the size of a
+        # body is what a prompt is bounded by.
+        data = json.loads(body.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         raise bad_request("The body is not valid JSON.", "invalid_json") from None
     if not isinstance(data, dict):
         raise bad_request("The body must be a JSON object.", "invalid_json")
-    return data
+    return data, len(body)
 
 
 def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
@@ -63,7 +77,7 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
     _check_messages(data.get("messages"))
     for field in _REFUSED_FIELDS:
         if data.get(field) is not None:
-            raise bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
+            raise _unsupported(field)
     for field, value in data.items():
         if type(value) is int and value not in _INT64 and field in model_cls.model_fields:
             raise from_engine(400, "", field)
@@ -72,10 +86,13 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
         raise from_engine(400, "", "chat_template_kwargs")
     try:
         request = model_cls.model_validate(data)
+        _refuse_beams(request, data)
         if isinstance(request, ChatCompletionRequest):
             # Lists inside messages are validated when they are read, and cannot be pickled before.
             _sanitize_chat_completion_request(request)
         return request
+    except ApiError:
+        raise
     except ValidationError as error:
         raise from_validation(error.errors(include_url=False, include_input=False)) from None
     except VLLMClientError as error:
@@ -84,6 +101,18 @@ def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
         # vLLM's validators run on the raw body and trip over wrong types in many ways.
         logger.info("a request body broke a validator: %s", type(error).__name__)
         raise from_engine(400, "", "messages" if "content" in str(error) else None) from None
+
+
+def _refuse_beams(request: BaseModel, data: dict[str, Any]) -> None:
+    # They generate many times the tokens that are answered, and nothing bounds how many.
+    if getattr(request, "use_beam_search", False):
+        raise _unsupported("use_beam_search")
+    if data.get("best_of") not in (None, 1):
+        raise _unsupported("best_of")
+
+
+def _unsupported(field: str) -> ApiError:
+    return bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
 
 
 async def _read_body(request: Request, max_body_bytes: int) -> bytes:

@@ -7,19 +7,31 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from cluster.config import MoonshardConfig
+from cluster.metrics_actor import MetricsSender
+from deployments.accounting import ACCOUNT_HEADER, Accounts, RequestAccount, Shipper, metered
 from deployments.batching import StreamBatcher
 from deployments.engine import MoonshardEngine
 from deployments.llm_config import device_of
+from deployments.names import INGRESS_NAME
 from deployments.remote_experts import RemoteExperts
+from deployments.router_metrics import RouterMetrics
+from deployments.scaling import WAITING
 from deployments.warmup import warm_up
+from monitoring.usage import ExpertCost, UsageRecord
+from monitoring.write_ahead import UsageLog
 
 __all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
+
+_WRITE_AHEAD_FOLDER = "write-ahead"
+_SEND_TIMEOUT_S = 30.0
+_DRAIN_TIMEOUT_S = 10.0
 
 
 class Router(LLMServer):  # type: ignore[misc]
@@ -41,6 +53,10 @@ class Router(LLMServer):  # type: ignore[misc]
         self._batcher = StreamBatcher()
         self._experts: RemoteExperts | None = None
         self._recovery: asyncio.Task[None] | None = None
+        self._accounts: Accounts | None = None
+        self._shipper: Shipper | None = None
+        self._metrics: RouterMetrics | None = None
+        self._ingress: Any = None
         if remote_experts:
             self._experts = RemoteExperts(self._config, device_of(self._config))
         await self.start()
@@ -48,6 +64,7 @@ class Router(LLMServer):  # type: ignore[misc]
     async def start(self) -> None:
         """Shards, engine, warm-up; a replica takes requests when this returns."""
         try:
+            self._start_accounting()
             if self._experts is not None:
                 self._llm_config.update_engine_kwargs(**await self._experts.start())
             self.engine = MoonshardEngine(
@@ -56,6 +73,7 @@ class Router(LLMServer):  # type: ignore[misc]
             await self._start_engine()
             if self._experts is not None:
                 self._experts.engine_started()
+                self.engine.client.expert_costs = self._expert_cost
                 self._recovery = asyncio.create_task(
                     self._experts.guard.run(self.engine.client), name="recovery"
                 )
@@ -63,9 +81,26 @@ class Router(LLMServer):  # type: ignore[misc]
                 await warm_up(self.engine, self._config.model.id)
             if self._experts is not None:
                 self._experts.warmed_up()
+            self._start_metrics()
         except BaseException:
             await self._close()
             raise
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        """See `LLMServer.chat`; with an account in the headers, as `metered` has it."""
+        answer = await super().chat(request, raw_request_info)
+        return self._metered(answer, "chat", raw_request_info)
+
+    async def completions(
+        self, request: Any, raw_request_info: Any = None
+    ) -> AsyncGenerator[Any, None]:
+        """See `LLMServer.completions`; with an account in the headers, as `metered` has it."""
+        answer = await super().completions(request, raw_request_info)
+        return self._metered(answer, "completions", raw_request_info)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve's autoscaler cannot see; `deployments.scaling` reads it."""
+        return {WAITING: self._metrics.num_waiting if self._metrics is not None else 0}
 
     async def readiness(self) -> dict[str, Any]:
         """{ready, reason}: whether this replica takes requests; why not, or ''."""
@@ -91,7 +126,66 @@ class Router(LLMServer):  # type: ignore[misc]
     ) -> AsyncGenerator[list[Any], None]:
         return self._batcher.batches(generator)
 
+    def _start_accounting(self) -> None:
+        replica = serve.get_replica_context().replica_id.unique_id
+        folder = self._config.ledger.state_path / _WRITE_AHEAD_FOLDER
+        log = UsageLog.create(folder, replica)
+        self._shipper = Shipper(log, folder, self._send_usage)
+        self._accounts = Accounts(log, replica, self._config.model.id, self._shipper.wake)
+        self._shipper.start()
+
+    def _start_metrics(self) -> None:
+        assert self._shipper is not None
+        self._metrics = RouterMetrics(
+            serve.get_replica_context().replica_id.unique_id,
+            self._experts,
+            self._shipper.backlog,
+            MetricsSender().send,
+            self._config.metrics.push_interval_s,
+        )
+        self._metrics.start()
+
+    def _metered(
+        self, answer: AsyncGenerator[Any, None], endpoint: str, raw_request_info: Any
+    ) -> AsyncGenerator[Any, None]:
+        headers = raw_request_info.headers if raw_request_info is not None else {}
+        header = headers.get(ACCOUNT_HEADER)
+        if header is None:
+            return answer
+        return metered(answer, lambda: self._open_account(header, endpoint))
+
+    def _open_account(self, header: str, endpoint: str) -> RequestAccount:
+        if self._accounts is None:
+            raise RuntimeError("the replica has ended")
+        return self._accounts.open(header, endpoint)
+
+    async def _send_usage(self, records: list[UsageRecord]) -> None:
+        if self._ingress is None:
+            app_name = serve.get_replica_context().app_name
+            self._ingress = serve.get_deployment_handle(INGRESS_NAME, app_name)
+        async with asyncio.timeout(_SEND_TIMEOUT_S):
+            await self._ingress.record_usage.remote([record.to_json() for record in records])
+
+    async def _expert_cost(self, request_id: str) -> ExpertCost | None:
+        cost = await self._experts.cost_of(request_id) if self._experts is not None else None
+        if cost is None:
+            return None
+        prompt_ns, generation_ns, nano_usd = map(round, cost)
+        return ExpertCost(prompt_ns, generation_ns, nano_usd)
+
     async def _close(self) -> None:
+        try:
+            await self._close_engine()
+        finally:
+            accounts, self._accounts = self._accounts, None
+            if accounts is not None:
+                accounts.abandon_all()
+            shipper, self._shipper = self._shipper, None
+            if shipper is not None:
+                await shipper.drain(_DRAIN_TIMEOUT_S)
+                await shipper.close()
+
+    async def _close_engine(self) -> None:
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
@@ -99,6 +193,9 @@ class Router(LLMServer):  # type: ignore[misc]
         engine, self.engine = self.engine, None
         if engine is not None:
             await engine.shutdown()
+        metrics, self._metrics = self._metrics, None
+        if metrics is not None:
+            await metrics.close()
         experts, self._experts = self._experts, None
         if experts is not None:
             await experts.close()

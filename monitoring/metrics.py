@@ -1,46 +1,145 @@
-"""Every metric of Moonshard's own, declared in one place.
+"""A process's own metrics, made of the declarations of its role.
 
-They go out through Ray's metrics agent of each node (`ray.util.metrics`), which puts `ray_` before
-the name and adds node and session labels. Only Ray workers and actors can use them: the engine's
-worker process on CPU is neither, and counts in `routing.engine_state` instead.
+They are counted in this process and pushed to the cluster's one aggregator (`monitoring.push`);
+nothing scrapes a process by itself.
 """
 
 from __future__ import annotations
 
-from ray.util.metrics import Gauge
+import threading
+from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["RouterMetrics", "ShardMetrics"]
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.samples import Sample
+
+from monitoring.declaration import MAX_TEAMS, OTHER, Declaration, Kind, Role
+from monitoring.declarations import declared_by
+from monitoring.messages import Counts, Totals
+
+__all__ = ["LabelLimit", "Metrics"]
 
 
-class ShardMetrics:
-    """What a shard tells about itself.
+class LabelLimit:
+    """Keeps a label from taking more than so many values. Thread-safe.
 
     Args:
-        shard_id: label `shard` of every series.
+        limit: the first so many values are kept, each later one becomes `OTHER`.
     """
 
-    def __init__(self, shard_id: str) -> None:
-        self._labels = {"shard": shard_id}
-        self._kernel_fallback = Gauge(
-            "moonshard_shard_kernel_fallback",
-            "1 while the shard runs the plain torch kernel because no faster one can be had here.",
-            tag_keys=("shard", "kernel"),
-        )
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
 
-    def kernel_chosen(self, kernel: str, *, is_fallback: bool) -> None:
-        """Take note of the expert kernel that the shard runs."""
-        self._kernel_fallback.set(float(is_fallback), tags={**self._labels, "kernel": kernel})
+    def __call__(self, value: str) -> str:
+        """The value to use."""
+        if value in self._known:
+            return value
+        with self._lock:
+            if len(self._known) >= self._limit and value not in self._known:
+                return OTHER
+            self._known.add(value)
+        return value
 
 
-class RouterMetrics:
-    """What a router replica tells about itself."""
+class Metrics:
+    """The metrics that a process of a role counts, as attributes by `Declaration.attribute`.
 
-    def __init__(self) -> None:
-        self._hop_fallback = Gauge(
-            "moonshard_router_hop_fallback",
-            "1 while rows go to the shards through Python because the native hop was not built.",
-        )
+    `Metrics("gateway").tokens.labels(kind="prompt", model="m", team="t").inc(3)`. Thread-safe, as
+    prometheus_client's metrics are. Each instance has a registry of its own.
 
-    def hop_chosen(self, *, is_fallback: bool) -> None:
-        """Take note of how the engine's dispatcher sends its rows."""
-        self._hop_fallback.set(float(is_fallback))
+    Args:
+        role: of this process.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._declared = declared_by(role)
+        self._metrics = {
+            declaration.attribute: _make(declaration, self.registry)
+            for declaration in self._declared
+        }
+        self._team_limit = LabelLimit(MAX_TEAMS)
+        self._advanced: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_metrics"][name]
+        except KeyError:
+            raise AttributeError(f"no metric {name!r} is declared for this role") from None
+
+    def team_label(self, team: str) -> str:
+        """What to put into a label `team`: the team, or `OTHER` past the first 1,000."""
+        return self._team_limit(team)
+
+    def advance(self, name: str, total: float, **labels: str) -> None:
+        """Bring a counter up to a total that is counted elsewhere (a state file, a server).
+
+        A total below the one before is that of a new start, and counts in full. Not thread-safe
+        for one and the same series.
+        """
+        metric = self._metrics[name]
+        counter: Any = metric.labels(**labels) if labels else metric
+        key = (name, tuple(sorted(labels.items())))
+        before = self._advanced.get(key, 0)
+        counter.inc(total - before if total >= before else total)
+        self._advanced[key] = total
+
+    def totals(self) -> Totals:
+        """All of it now."""
+        counts: Counts = {}
+        gauges: dict[str, dict[tuple[str, ...], float]] = {}
+        for declaration in self._declared:
+            samples = _samples(self._metrics[declaration.attribute])
+            name = declaration.attribute
+            if declaration.kind is Kind.GAUGE:
+                gauges[name] = {_key(declaration, sample): sample.value for sample in samples}
+            elif declaration.kind is Kind.COUNTER:
+                counts[name] = {
+                    _key(declaration, sample): (sample.value,)
+                    for sample in samples
+                    if sample.name == declaration.name
+                }
+            else:
+                counts[name] = _histograms(declaration, samples)
+        return Totals(counts, gauges)
+
+
+def _make(declaration: Declaration, registry: CollectorRegistry) -> MetricWrapperBase:
+    name, text, labels = declaration.name, declaration.help, tuple(declaration.labels)
+    metric: MetricWrapperBase
+    if declaration.kind is Kind.GAUGE:
+        return Gauge(name, text, labels, registry=registry)
+    if declaration.kind is Kind.HISTOGRAM:
+        metric = Histogram(name, text, labels, registry=registry, buckets=declaration.buckets)
+    else:
+        metric = Counter(name, text, labels, registry=registry)
+    if len(labels) == 1:
+        # A counter must exist at 0 before its first event, or `rate` does not see that one.
+        (values,) = declaration.labels.values()
+        for value in values if isinstance(values, tuple) else ():
+            metric.labels(value)
+    return metric
+
+
+def _samples(metric: MetricWrapperBase) -> Iterable[Sample]:
+    return (sample for family in metric.collect() for sample in family.samples)
+
+
+def _key(declaration: Declaration, sample: Sample) -> tuple[str, ...]:
+    return tuple(sample.labels[label] for label in declaration.labels)
+
+
+def _histograms(
+    declaration: Declaration, samples: Iterable[Sample]
+) -> dict[tuple[str, ...], tuple[float, ...]]:
+    series: dict[tuple[str, ...], list[float]] = {}
+    sums: dict[tuple[str, ...], float] = {}
+    for sample in samples:
+        if sample.name.endswith("_bucket"):  # they come in the order of their bounds
+            series.setdefault(_key(declaration, sample), []).append(sample.value)
+        elif sample.name.endswith("_sum"):
+            sums[_key(declaration, sample)] = sample.value
+    return {key: (*buckets, sums[key]) for key, buckets in series.items()}

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-__all__ = ["ANONYMOUS", "Outcome", "Principal", "TokenCount", "UsageRecord"]
+__all__ = ["ANONYMOUS", "ExpertCost", "Outcome", "Principal", "TokenCount", "UsageRecord"]
 
 Outcome = Literal["ok", "client_closed", "error", "timeout", "replica_lost"]
 """How a request ended at the router. `replica_lost`: the replica died before it could tell."""
@@ -108,3 +108,17 @@ class UsageRecord:
             return cls(**{name: value for name, value in data.items() if name in known})
         except TypeError as error:
             raise ValueError(f"a usage record lacks a field: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCost:
+    """What the shards spent on one request of the engine's.
+
+    Attributes:
+        prompt_ns, generation_ns: their time, on rows of its prompt and of its generated tokens.
+        cost_nano_usd: that time at the price of each shard.
+    """
+
+    prompt_ns: int = 0
+    generation_ns: int = 0
+    cost_nano_usd: int = 0

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from cluster.exceptions import MoonshardError
 from deployments.cli.interrupts import Interrupted
+from deployments.cli.keys import add_keys_parser
+from deployments.cli.teams import add_teams_parser
+from deployments.cli.usage import add_usage_parser
 
 __all__ = ["main"]
 
@@ -45,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(commands.add_parser("status", help="show nodes, shards, table and replicas"))
     _add_chat(commands.add_parser("chat", help="talk to a served model"))
     _add_stop(commands.add_parser("stop", help="stop what `moonshard serve` started"))
+    add_keys_parser(commands.add_parser("keys", help="make, show and end API keys"))
+    add_teams_parser(commands.add_parser("teams", help="budgets, rates and weights of teams"))
+    add_usage_parser(commands.add_parser("usage", help="show tokens and cost"))
     return parser
 
 

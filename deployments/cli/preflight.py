@@ -9,9 +9,10 @@ from cluster.checkpoint import ExpertCheckpoint
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
 from cluster.names import shard_ids
+from monitoring.prices import PriceError, PriceTable
 from routing.placement import place_experts
 
-__all__ = ["check_model", "check_port"]
+__all__ = ["check_model", "check_port", "check_prices"]
 
 
 def check_model(config: MoonshardConfig) -> None:
@@ -22,6 +23,18 @@ def check_model(config: MoonshardConfig) -> None:
     """
     checkpoint = ExpertCheckpoint.open(config.model.checkpoint)
     place_experts(checkpoint.num_experts, shard_ids(config.shards.count))
+
+
+def check_prices(config: MoonshardConfig) -> None:
+    """Whether the price table is there and right.
+
+    Raises:
+        ConfigError: one line that says what to change.
+    """
+    try:
+        PriceTable.load(config.ledger.prices_path)
+    except PriceError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_port(host: str, port: int) -> None:

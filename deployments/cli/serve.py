@@ -15,8 +15,9 @@ from cluster.janitor import Janitor
 from cluster.processes import adopt_orphans, end_descendants
 from deployments.cli.instances import registered
 from deployments.cli.interrupts import Interrupted, catch_interrupts, ignore_interrupts
-from deployments.cli.preflight import check_model, check_port
+from deployments.cli.preflight import check_model, check_port, check_prices
 from deployments.cli.serve_file import ServeFile, load_serve_file
+from deployments.gateway.local_peers import check_exposure
 
 if TYPE_CHECKING:
     from deployments.cli.application import Application
@@ -37,8 +38,13 @@ def serve_command(path: Path, address: str | None) -> int:
     catch_interrupts()
     file = load_serve_file(path)
     _say(f"serving {file.config.model.id} ({file.config.model.checkpoint})")
+    needs_keys = file.config.gateway.require_keys
+    check_exposure(file.host, require_keys=needs_keys, where=f"{file.path}: args")
     check_port(file.host, file.port)
     check_model(file.config)
+    check_prices(file.config)
+    if not needs_keys:
+        _say("no API keys are asked for: programs on this machine may do everything")
     with _ray(file, address) as cluster_address:
         application = _application(file, owns_node=address is None)
         with registered(file.port, file.url, cluster_address, file.name, owns_node=address is None):
@@ -140,13 +146,22 @@ def _everything_ends() -> Iterator[int]:
 def _explain(file: ServeFile) -> None:
     model, url = file.config.model.id, file.url
     port = f" --url {url}" if file.port != 8000 else ""
+    needs_keys = file.config.gateway.require_keys
+    key = "os.environ['MOONSHARD_API_KEY']" if needs_keys else '"none"'
+    header = ' -H "Authorization: Bearer $MOONSHARD_API_KEY"' if needs_keys else ""
+    make_key = (
+        f"make a key once: export MOONSHARD_API_KEY=$(moonshard keys bootstrap "
+        f"--config {file.path})\n"
+        if needs_keys
+        else ""
+    )
     _say(
-        f"""ask it something:
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+        f"""{make_key}ask it something:
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 12 + 7?"}}]}}'
 or in Python:
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="none")
+  client = OpenAI(base_url="{url}/v1", api_key={key})
   messages = [{{"role": "user", "content": "What is 12 + 7?"}}]
   print(client.chat.completions.create(model="{model}", messages=messages).choices[0].message)
 or in another terminal:

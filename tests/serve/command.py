@@ -28,6 +28,7 @@ def nano_config(folder: Path, port: int, args: dict[str, dict[str, Any]] | None 
     document = yaml.safe_load((REPO_ROOT / "configs" / "nano.yaml").read_text())
     document["http_options"]["port"] = port
     tree = document["applications"][0]["args"]
+    tree["ledger"] = {"state_dir": str(folder / "state")}
     for section, values in (args or {}).items():
         tree[section] = {**tree.get(section, {}), **values}
     path = folder / "config.yaml"

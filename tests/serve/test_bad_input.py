@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serve.conftest import Server
+from tests.serving import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -17,7 +17,7 @@ import pytest
 
 from cluster.config import REPO_ROOT
 from tests.serve.command import MOONSHARD, nano_config, running, still_running
-from tests.serve.conftest import Server, free_port
+from tests.serving import Server, free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.nano.vocab import SPECIAL_IDS
-from tests.serve.conftest import Server
+from tests.serving import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 

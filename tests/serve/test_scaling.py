@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from tests.serve.conftest import Server, wait_until
+from tests.serving import Server, wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster_hosts import Hosts, hosts_or_skip
 from tests.serve.command import MOONSHARD, nano_config
-from tests.serve.conftest import wait_until
+from tests.serving import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from models.data import Sample, heldout
-from tests.serve.conftest import RECOVERY_TIMEOUT_S, Server
+from tests.serve.conftest import RECOVERY_TIMEOUT_S
+from tests.serving import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 

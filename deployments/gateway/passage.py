@@ -1,0 +1,161 @@
+"""One request's way through the gateway: from its arrival to the end of its answer."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from deployments.gateway.admission import Order
+from deployments.gateway.fair_queue import Ticket
+from deployments.gateway.telemetry import Telemetry
+from monitoring.usage import Principal, TokenCount
+
+__all__ = ["Desk", "Ending", "Passage"]
+
+Ending = Literal["ok", "client_error", "rejected", "client_closed", "server_error", "timeout"]
+"""How a request ended; label of `moonshard_requests_total`."""
+
+_UNKNOWN_MODEL = "unknown"
+# Router replicas see an answer that is given up to its last token within 30 s, and then ship.
+_SETTLING_S = 60.0
+
+
+class Desk(Protocol):
+    """What a passage needs of the gateway."""
+
+    telemetry: Telemetry
+
+    async def reserve(
+        self, request_id: str, principal: Principal, order: Order, answer_headers: dict[str, str]
+    ) -> None:
+        """Set aside what it may cost; raises `Refusal`."""
+
+    async def place(self, team: str, order: Order) -> Ticket:
+        """Wait for a place at the routers; raises `Refusal`."""
+
+    def returned(self, ticket: Ticket) -> None:
+        """Take a place back."""
+
+    def tighten(self, request_id: str, num_prompt_tokens: int) -> None:
+        """Set aside no more for the prompt than it has."""
+
+    def cancel(self, request_id: str, delay_s: float = 0.0) -> None:
+        """Set nothing aside any more, unless the request is settled by then."""
+
+
+class Passage:
+    """Holds what one request holds, and gives all of it back at `end`, whichever way it ends.
+
+    Args:
+        desk: the gateway.
+        principal: who asks.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, desk: Desk, principal: Principal, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        # Ours, not the client's: two requests must never count as one.
+        self.request_id = uuid.uuid4().hex
+        self.principal = principal
+        self._desk = desk
+        self._clock = clock
+        self._arrived_at = clock()
+        self._order: Order | None = None
+        self._ticket: Ticket | None = None
+        self._count = TokenCount()
+        self._counted_at: float | None = None
+        self._is_tightened = False
+        self._has_answer = False
+        self._is_over = False
+
+    @property
+    def account(self) -> str:
+        """Whom the router bills: the value of its account header."""
+        return json.dumps(
+            {
+                "id": self.request_id,
+                "key": self.principal.key_id,
+                "team": self.principal.team,
+            }
+        )
+
+    async def enter(self, order: Order, answer_headers: dict[str, str]) -> None:
+        """Set aside what the request may cost, then wait for a place at the routers.
+
+        Args:
+            answer_headers: gets the headers about limits.
+
+        Raises:
+            Refusal: a limit, an overload, or the database is away.
+        """
+        self._order = order
+        await self._desk.reserve(self.request_id, self.principal, order, answer_headers)
+        waiting_since = self._clock()
+        try:
+            self._ticket = await self._desk.place(self.principal.team, order)
+        except BaseException:
+            self._desk.cancel(self.request_id)
+            raise
+        self._desk.telemetry.queued(order.model, self._clock() - waiting_since)
+
+    def take(self, item: Any) -> Any:
+        """An item of the router's without the count that came with it; None for a count alone."""
+        self._has_answer = True
+        if isinstance(item, TokenCount):
+            self._counted(item, is_stream=False)
+            return None
+        if isinstance(item, list) and item and isinstance(item[-1], TokenCount):
+            count = item.pop()
+            self._counted(count, is_stream=bool(item))
+        return item
+
+    def end(self, ending: Ending, *, was_sent: bool = True) -> None:
+        """The request is over. Idempotent: the first ending counts.
+
+        Args:
+            was_sent: False when no router can have got the request.
+        """
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._ticket is not None:
+            self._desk.returned(self._ticket)
+            if not was_sent:
+                self._desk.cancel(self.request_id)
+            elif not self._has_answer:
+                # Nobody knows whether a router has it. If so, its record settles it before this.
+                self._desk.cancel(self.request_id, _SETTLING_S)
+        model = self._order.model if self._order else _UNKNOWN_MODEL
+        duration_s = self._clock() - self._arrived_at
+        self._desk.telemetry.ended(model, self.principal.team, ending, duration_s)
+
+    def _counted(self, count: TokenCount, *, is_stream: bool) -> None:
+        before, self._count = self._count, count
+        if self._ticket is not None:
+            self._ticket.served(_computed(count) - _computed(before))
+        if count.prompt and not self._is_tightened:
+            self._is_tightened = True
+            self._desk.tighten(self.request_id, count.prompt)
+        if is_stream:
+            self._time(count.completion - before.completion)
+
+    def _time(self, num_new: int) -> None:
+        assert self._order is not None
+        now, telemetry, model = self._clock(), self._desk.telemetry, self._order.model
+        if self._counted_at is None:
+            telemetry.first_token(model, now - self._arrived_at)
+            self._counted_at = now
+        elif num_new > 0:
+            # Choices are generated side by side: each has a token in the time of one.
+            num_parallel = self._order.num_prompts * self._order.num_choices
+            gap_s = (now - self._counted_at) * num_parallel / num_new
+            telemetry.next_tokens(model, num_new, gap_s)
+            self._counted_at = now
+
+
+def _computed(count: TokenCount) -> int:
+    return count.prompt - count.cached + count.completion
