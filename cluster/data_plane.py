@@ -24,6 +24,7 @@ from routing.tcp import TcpConnection
 from routing.throttle import LogThrottle
 from routing.transport import deadline_after, remaining_s
 from routing.wire import (
+    UNCOUNTED,
     ErrorCode,
     FrameHeader,
     RequestBody,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _SEND_TIMEOUT_S = 60.0
 _NOT_HELD = -3
+_NOBODY = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +213,11 @@ class DataPlaneServer:
             if self._in_flight == 0:
                 self._idle.notify_all()
             if isinstance(work, _Work):
-                asked = work.local_ids[work.local_ids >= 0]
+                is_counted = not header.flags & UNCOUNTED
+                asked = work.local_ids[work.local_ids >= 0] if is_counted else _NOBODY
                 self._counters.add(
                     self._layer_index[header.layer],
-                    rows=header.rows,
+                    rows=header.rows if is_counted else 0,
                     busy_ns=work.busy_ns,
                     bytes_received=header.body_bytes,
                     bytes_sent=work.out.nbytes,

@@ -253,9 +253,12 @@ class MoonshardAsyncLLM(AsyncLLM):  # type: ignore[misc]
 class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
     """Ray Serve LLM's engine with our client, renderer, parser and answers."""
 
-    def __init__(self, llm_config: LLMConfig, guard: ExpertsGuard | None) -> None:
+    def __init__(
+        self, llm_config: LLMConfig, guard: ExpertsGuard | None, default_max_tokens: int
+    ) -> None:
         super().__init__(llm_config)
         self._guard = guard
+        self._default_max_tokens = default_max_tokens
         self._answers = Answers()
 
     @property
@@ -270,6 +273,9 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
         await super().start()
         self._answers = Answers(max_model_len=self.client.model_config.max_model_len)
         serving = self._oai_serving_chat
+        if serving is not None:
+            # Not by `max_new_tokens` of the generation config: that caps what requests ask for.
+            serving.default_sampling_params.setdefault("max_tokens", self._default_max_tokens)
         if serving is not None and serving.parser_cls is not None:
             serving.parser_cls = exact(serving.parser_cls)
             if name := self.llm_config.engine_kwargs.get("reasoning_parser"):

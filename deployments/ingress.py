@@ -223,6 +223,7 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         timeout_s = self._config.router.request_timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s
         passage = self.gateway.arrived(request.state.principal)
+        request.state.answer_headers["x-moonshard-request-id"] = passage.request_id
         try:
             async with asyncio.timeout_at(deadline):
                 items = await self._enter(request, endpoint, request_cls, passage)

@@ -10,13 +10,13 @@ from ray.serve.llm import LLMConfig
 
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
+from deployments.gateway.admission import MAX_CHOICES
 from deployments.names import ROUTER_NAME
 from deployments.scaling import POLICY
 
 __all__ = ["ROUTER_NAME", "LocalCheckpoint", "build_llm_config", "device_of", "replica_cpus"]
 
 _MIN_CPUS = 0.001
-_MAX_CHOICES = 128  # OpenAI's own limit
 _LOOK_BACK_S = 30.0
 _SHUTDOWN_POLL_S = 1.0
 _HEALTH_PERIOD_S = 5.0
@@ -125,7 +125,7 @@ def _environment(config: MoonshardConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # Choices of one request (`n`): each takes a sequence of the engine's.
-        "VLLM_MAX_N_SEQUENCES": str(_MAX_CHOICES),
+        "VLLM_MAX_N_SEQUENCES": str(MAX_CHOICES),
     }
     if device_of(config) == "cpu":
         # Busy-waiting threads of several processes on the same few cores ruin latency.

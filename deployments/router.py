@@ -68,7 +68,9 @@ class Router(LLMServer):  # type: ignore[misc]
             if self._experts is not None:
                 self._llm_config.update_engine_kwargs(**await self._experts.start())
             self.engine = MoonshardEngine(
-                self._llm_config, self._experts.guard if self._experts else None
+                self._llm_config,
+                self._experts.guard if self._experts else None,
+                self._config.gateway.default_max_tokens,
             )
             await self._start_engine()
             if self._experts is not None:

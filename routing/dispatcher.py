@@ -254,7 +254,7 @@ class Dispatcher:
         endpoint: ShardEndpoint,
         wanted: RowSlice,
     ) -> None:
-        if any(exchange.link.endpoint == endpoint for exchange in pending.exchanges):
+        if any(exchange.endpoint == endpoint for exchange in pending.exchanges):
             pending.todo.append(wanted)  # a connection carries one request at a time
             return
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
@@ -267,6 +267,7 @@ class Dispatcher:
             layer=pending.layer,
             table_version=table.version,
             sequence=self._sequence,
+            is_counted=pending.is_counted,
         )
         started_s = time.monotonic()
         try:
@@ -276,9 +277,9 @@ class Dispatcher:
         except TransportError as error:
             self._lost(pending, endpoint, wanted, error, started_s)
             return
-        exchange = Exchange(link, wanted, self._sequence, started_s, deadline)
+        exchange = Exchange(link, endpoint, wanted, self._sequence, started_s, deadline)
         pending.exchanges.append(exchange)
-        self._count(pending, "bytes_sent", sum(len(part) for part in parts))
+        self._count(pending, "bytes_sent", sum(map(len, parts)))
 
     def _exchange_deadline(self) -> float:
         deadline = deadline_after(self._settings.request_timeout_s)
@@ -287,8 +288,7 @@ class Dispatcher:
         return deadline
 
     def _gather(self, pending: PendingCombine) -> torch.Tensor:
-        if pending.native_deadline is not None:
-            assert self._native is not None
+        if self._native is not None and pending.native_deadline is not None:
             answer = self._receive_natively(self._native, pending)
             if answer is not None:
                 return answer
@@ -314,7 +314,7 @@ class Dispatcher:
             rows, header = exchange.receive(pending.x.shape[1])
         except TransportError as error:
             pending.exchanges.remove(exchange)
-            self._lost(pending, exchange.link.endpoint, exchange.slice, error, exchange.started_s)
+            self._lost(pending, exchange.endpoint, exchange.slice, error, exchange.started_s)
             return
         pending.exchanges.remove(exchange)
         self._count(pending, "bytes_received", header.body_bytes)
@@ -385,7 +385,7 @@ class Dispatcher:
         if pending is None:
             return
         for exchange in pending.exchanges:
-            self._links.drop(exchange.link.endpoint)
+            self._links.drop(exchange.endpoint)
         pending.exchanges.clear()
         if pending.native_deadline is not None and self._native and self._table:
             for index in self._native.waiting():

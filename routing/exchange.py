@@ -12,6 +12,7 @@ import torch
 from routing.exceptions import ShardRefused, WireError
 from routing.links import Link
 from routing.split import RowSlice
+from routing.table import ShardEndpoint
 from routing.transport import remaining_s
 from routing.wire import FrameHeader, FrameKind, decode_reply
 
@@ -20,9 +21,14 @@ __all__ = ["Exchange", "as_answered"]
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """A request under way."""
+    """A request under way.
+
+    Attributes:
+        endpoint: the shard as the table has it now, with its price.
+    """
 
     link: Link
+    endpoint: ShardEndpoint
     slice: RowSlice
     sequence: int
     started_s: float

@@ -27,7 +27,7 @@ from routing.pending import PendingCombine
 from routing.split import Owners
 from routing.table import RoutingTable
 from routing.tcp import broken_by
-from routing.wire import max_rows_per_frame
+from routing.wire import UNCOUNTED, max_rows_per_frame
 
 __all__ = ["NativeHop"]
 
@@ -44,7 +44,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *(c_void_p, c_void_p, c_void_p, c_void_p),  # hop, x, ids, weights
             *(c_uint32, c_uint32, c_uint16, c_uint8),  # rows, hidden, top-k, dtype
             *(c_void_p, c_int32, c_int32),  # owners, experts, shards
-            *(c_int32, c_uint64, c_uint32, c_int64),  # layer, version, sequence, deadline
+            *(c_int32, c_uint64, c_uint32),  # layer, version, sequence
+            *(c_uint32, c_int64),  # flags, deadline
         ],
     ),
     "hop_receive": (c_int32, [c_void_p, c_void_p, c_int32, c_int64]),
@@ -162,6 +163,7 @@ class NativeHop:
             pending.layer,
             table.version,
             sequence,
+            0 if pending.is_counted else UNCOUNTED,
             int(deadline * 1e9),
         )
         return asked

@@ -83,7 +83,7 @@ class PendingCombine:
     def add(self, exchange: Exchange, rows: torch.Tensor, busy_ns: int) -> None:
         """Add a shard's answer [m, H], which took it `busy_ns`, to the rows that asked for it."""
         if self.costs is not None:
-            self.costs.add(exchange.slice, busy_ns, exchange.link.endpoint.usd_per_hour)
+            self.costs.add(exchange.slice, busy_ns, exchange.endpoint.usd_per_hour)
         numbers = exchange.slice.rows
         if self.sum is None and numbers is None:
             # A copy always: `rows` is a view of the connection's buffer.

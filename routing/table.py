@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,15 @@ class ShardEndpoint:
         port: port of its data plane.
         incarnation: new random id for every process start. A connection whose peer answers with
             another one is a connection to a stranger.
-        usd_per_hour: price of its time, in USD per busy hour; 0 where nobody has set one.
+        usd_per_hour: price of its time, in USD per busy hour; 0 where nobody has set one. No part
+            of its identity.
     """
 
     shard_id: str
     host: str
     port: int
     incarnation: str
-    usd_per_hour: float = 0.0
+    usd_per_hour: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,6 +23,7 @@ __all__ = [
     "ALIGNMENT",
     "HEADER_BYTES",
     "MAX_BODY_BYTES",
+    "UNCOUNTED",
     "ErrorCode",
     "FrameHeader",
     "FrameKind",
@@ -45,8 +46,9 @@ ALIGNMENT = 64
 HEADER_BYTES = 64  # a multiple of ALIGNMENT, so that a body received behind it is aligned
 MAX_BODY_BYTES = 128 * 2**20
 MAX_TOPK = 1024
+UNCOUNTED = 1
 _MAX_ERROR_BYTES = 2048
-_HEADER = struct.Struct("<4sBBHIiQIIIQ20x")
+_HEADER = struct.Struct("<4sBBHIiQIIIQI16x")
 assert _HEADER.size == HEADER_BYTES
 
 _DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
@@ -89,6 +91,7 @@ class FrameHeader(NamedTuple):
         extra: hidden size (requests and replies), `ErrorCode` (errors), else 0.
         body_bytes: length of the body.
         busy_ns: time that the shard spent on it (replies), else 0.
+        flags: `UNCOUNTED` (requests), else 0.
     """
 
     kind: FrameKind
@@ -101,6 +104,7 @@ class FrameHeader(NamedTuple):
     extra: int = 0
     body_bytes: int = 0
     busy_ns: int = 0
+    flags: int = 0
 
     def to_bytes(self) -> bytes:
         """`HEADER_BYTES` bytes."""
@@ -113,7 +117,7 @@ class FrameHeader(NamedTuple):
         Raises:
             WireError: not a header of ours, or one that announces more than is allowed.
         """
-        magic, kind, *fields, body_bytes, busy_ns = _HEADER.unpack_from(data)
+        magic, kind, *fields, body_bytes, busy_ns, flags = _HEADER.unpack_from(data)
         if magic != MAGIC:
             raise WireError(f"not a Moonshard frame (starts with {bytes(magic)!r})")
         if body_bytes > MAX_BODY_BYTES:
@@ -121,7 +125,7 @@ class FrameHeader(NamedTuple):
         known = _KINDS.get(kind)
         if known is None:
             raise WireError(f"unknown kind of frame: {kind}")
-        return cls._make((known, *fields, body_bytes, busy_ns))
+        return cls._make((known, *fields, body_bytes, busy_ns, flags))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,7 @@ def encode_request(
     layer: int,
     table_version: int,
     sequence: int,
+    is_counted: bool = True,
 ) -> Parts:
     """Parts of a request frame.
 
@@ -178,6 +183,7 @@ def encode_request(
         layer: checkpoint layer id.
         table_version: of the table that the rows are routed by.
         sequence: the answer repeats it.
+        is_counted: whether the experts' load counts them: not in profile and warm-up runs.
     """
     count, topk = ids.shape
     padded = _routing_bytes(count, topk)
@@ -191,6 +197,7 @@ def encode_request(
         count,
         rows.shape[1] // dtype.itemsize,
         padded + rows.size,
+        flags=0 if is_counted else UNCOUNTED,
     )
     padding = bytes(padded - 8 * count * topk)
     routing = b"".join((header.to_bytes(), ids.tobytes(), weights.tobytes(), padding))

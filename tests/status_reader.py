@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import sys
 
-import ray
-
 from cluster import ray_node
 from cluster.exceptions import MoonshardError
 from deployments.cli.status import read_status
@@ -19,6 +17,8 @@ from deployments.cli.status import read_status
 
 def ray_metrics() -> list[str]:
     """host:port of the metrics agent of every node."""
+    import ray  # after the connection: it reads its environment when it is imported
+
     return [
         f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
         for node in ray.nodes()

@@ -121,6 +121,7 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
             if _version(connection) == HEAD:
                 return
+            logging.getLogger("alembic").setLevel(logging.WARNING)  # a line for every step
             config = alembic.config.Config()
             config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
             config.attributes["connection"] = connection

@@ -40,7 +40,8 @@ struct __attribute__((packed)) Header {
   uint64_t table_version;
   uint32_t rows, extra, body_bytes;
   uint64_t busy_ns;
-  char padding[20];
+  uint32_t flags;
+  char padding[16];
 };
 static_assert(sizeof(Header) == 64, "the header is 64 bytes on the wire");
 
@@ -75,6 +76,7 @@ struct Shard {
 struct Hop {
   Shard shards[kMaxShards];
   uint16_t topk = 0;
+  uint32_t flags = 0;          // of the requests
   Buffer sum;                  // float32 [n, hidden]
   Buffer codes;                // int64 [n, topk]
   Buffer ids, weights;         // as given: the caller may reuse its own before all is answered
@@ -180,7 +182,7 @@ void post(Hop& hop, Shard& shard, int64_t code, const char* x, const int32_t* id
   shard.has_all_rows = count == n;
   const size_t routing = (size_t(8) * count * topk + kAlignment - 1) / kAlignment * kAlignment;
   Header header = {{'M', 'S', 'H', '1'}, kRequest, hop.dtype, topk, shard.sequence, layer,
-                   version, count, hop.hidden, uint32_t(routing + count * row_bytes), 0, {}};
+                   version, count, hop.hidden, uint32_t(routing + count * row_bytes), 0, hop.flags, {}};
   std::memcpy(shard.out.data, &header, sizeof header);
   int32_t* out_ids = reinterpret_cast<int32_t*>(shard.out.data + sizeof header);
   float* out_weights = reinterpret_cast<float*>(out_ids + size_t(count) * topk);
@@ -323,7 +325,7 @@ int32_t hop_max_shards() { return kMaxShards; }
 int32_t hop_send(Hop* hop, const char* x, const int32_t* ids, const float* weights, uint32_t n,
                  uint32_t hidden, uint16_t topk, uint8_t dtype, const int64_t* owners,
                  int32_t num_experts, int32_t num_shards, int32_t layer, uint64_t version,
-                 uint32_t sequence, int64_t deadline_ns) {
+                 uint32_t sequence, uint32_t flags, int64_t deadline_ns) {
   const size_t pairs = size_t(n) * topk;
   if (!hop->codes.reserve(8 * pairs) || !hop->ids.reserve(4 * pairs) ||
       !hop->weights.reserve(4 * pairs) || !hop->sum.reserve(size_t(4) * n * hidden))
@@ -344,6 +346,7 @@ int32_t hop_send(Hop* hop, const char* x, const int32_t* ids, const float* weigh
   hop->num_rows = n;
   hop->hidden = hidden;
   hop->topk = topk;
+  hop->flags = flags;
   hop->dtype = dtype;
   hop->has_sum = false;
   hop->bytes_sent = hop->bytes_received = hop->wait_ns = 0;

@@ -30,7 +30,8 @@ def test_a_relative_checkpoint_starts_at_the_repository() -> None:
         ),
         (
             {"zzz": 1},
-            "args.zzz: unknown key; valid are: model, engine, shards, dispatch, router, http, gateway, ledger, costs, metrics, ray",
+            "args.zzz: unknown key; valid are: model, engine, shards, dispatch, router, http, "
+            "gateway, ledger, costs, metrics, ray",
         ),
         ({"shards": {"count": 0}}, "args.shards.count: input should be greater than or equal to 1"),
         ({"shards": [1]}, "args.shards: input should be a valid dictionary"),
