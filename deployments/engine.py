@@ -275,7 +275,9 @@ class MoonshardEngine(VLLMEngine):  # type: ignore[misc]
         serving = self._oai_serving_chat
         if serving is not None:
             # Not by `max_new_tokens` of the generation config: that caps what requests ask for.
-            serving.default_sampling_params.setdefault("max_tokens", self._default_max_tokens)
+            defaults = serving.default_sampling_params
+            own = defaults.get("max_tokens", self._default_max_tokens)
+            defaults["max_tokens"] = min(own, self._default_max_tokens)
         if serving is not None and serving.parser_cls is not None:
             serving.parser_cls = exact(serving.parser_cls)
             if name := self.llm_config.engine_kwargs.get("reasoning_parser"):

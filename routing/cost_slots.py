@@ -37,7 +37,7 @@ _SLOT = np.dtype(
     ]
 )
 _AMOUNTS = ("prompt_ns", "generation_ns", "nano_usd")
-_FREE, _OPEN, _CLOSED = 0, 1, 2
+_FREE, _OPEN, _CLOSED, _ABANDONED = 0, 1, 2, 3
 
 
 class RequestCost(NamedTuple):
@@ -133,15 +133,18 @@ class CostWriter:
         for name in request_ids:
             index = self._of_request.pop(name, None)
             if index is not None:
-                self._slots["state"][index] = _CLOSED
+                is_awaited = self._slots["state"][index] != _ABANDONED
+                self._slots["state"][index] = _CLOSED if is_awaited else _FREE
 
     def _slot_of(self, request_id: str) -> int:
         index = self._of_request.get(request_id)
         if index is not None:
             return index
         if not self._free:
-            # Those that the replica has freed since.
-            self._free = np.flatnonzero(self._slots["state"] == _FREE).tolist()
+            # Those that the replica has freed since, or given up while they were being closed.
+            states = self._slots["state"]
+            given_up = set(np.flatnonzero(states == _ABANDONED)) - set(self._of_request.values())
+            self._free = [*np.flatnonzero(states == _FREE).tolist(), *map(int, given_up)]
             if not self._free:
                 return -1
         index = self._free.pop()
@@ -166,20 +169,20 @@ class CostReader:
         return index is not None and self._slots["state"][index] == _OPEN
 
     def take(self, request_id: str) -> RequestCost | None:
-        """What the request has cost; frees its slot. None when it has none (no row of it ran)."""
+        """What the request has cost; gives its slot back, once it is closed. None when it has none
+        (no row of it ran)."""
         index = self._find(request_id)
         if index is None:
             return None
         slot = self._slots[index]
         cost = RequestCost(*(float(slot[field]) for field in _AMOUNTS))
-        if slot["state"] == _CLOSED:
-            slot["state"] = _FREE
+        slot["state"] = _FREE if slot["state"] == _CLOSED else _ABANDONED
         return cost
 
     def _find(self, request_id: str) -> int | None:
         keys: npt.NDArray[np.uint64] = self._slots["key"]
         for index in np.flatnonzero(keys == _key(request_id)):
-            if self._slots["state"][index] != _FREE:
+            if self._slots["state"][index] in (_OPEN, _CLOSED):
                 return int(index)
         return None
 

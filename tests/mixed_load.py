@@ -47,7 +47,7 @@ class Asked:
         path, body: what is sent.
         hang_up_after: events after which the client goes away; None stays to the end.
         give_up_after_s: seconds after which it goes away; None stays to the end.
-        request_id: `x-request-id` of the answer; "" when no answer began.
+        request_id: `x-moonshard-request-id` of the answer; "" when no answer began.
         status: HTTP status; 0 when no answer began.
         usage: as the answer told it; None where it did not.
         num_events: events with text that arrived.
@@ -74,11 +74,11 @@ class Asked:
             async with asyncio.timeout(self.give_up_after_s or _TIMEOUT_S):
                 async with client.stream("POST", self.path, json=self.body) as response:
                     self.status = response.status_code
-                    self.request_id = response.headers.get("x-request-id", "")
+                    self.request_id = response.headers.get("x-moonshard-request-id", "")
                     if self.body.get("stream") and response.is_success:
                         await self._read_events(response)
                     else:
-                        self._read_answer(json.loads(await response.aread()))
+                        self._read_answer(await response.aread())
         return self
 
     async def _read_events(self, response: httpx.Response) -> None:
@@ -97,7 +97,13 @@ class Asked:
             if self.hang_up_after is not None and self.num_events >= self.hang_up_after:
                 return
 
-    def _read_answer(self, answer: dict[str, Any]) -> None:
+    def _read_answer(self, body: bytes) -> None:
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            # Serve's proxy answers by itself, with a line of text, for a replica that died.
+            self.error_code = "no answer of ours"
+            return
         if "error" in answer:
             self.error_code = answer["error"]["code"]
             return
@@ -151,7 +157,7 @@ _MAKERS: dict[Kind, tuple[int, Callable[[random.Random], Asked]]] = {
         4,
         lambda r: Asked(
             "hang-up in a stream",
-            *_completions(r, stream=True, max_tokens=300, n=r.choice([1, 1, 2])),
+            *_completions(r, stream=True, max_tokens=300, n=r.choice([1, 1, 2]), temperature=1),
             hang_up_after=r.randint(1, 40),
         ),
     ),
@@ -166,6 +172,10 @@ _MAKERS: dict[Kind, tuple[int, Callable[[random.Random], Asked]]] = {
     "refused": (
         1,
         lambda r: Asked("refused", *_chat(r, max_tokens=10**7)),
+    ),
+    "refused by the engine": (
+        1,
+        lambda r: Asked("refused by the engine", *_completions(r, n=2, temperature=0)),
     ),
     "unknown model": (1, lambda r: Asked("unknown model", *_chat(r, model="gpt-none"))),
 }

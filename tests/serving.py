@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -111,6 +113,16 @@ class Server:
             return httpx.get(f"{self.url}/ready", timeout=10).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
+
+    def replica_pids(self, deployment: str) -> list[int]:
+        """Processes of a Serve deployment's replicas, oldest first."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                title = " ".join(child.cmdline())
+                if title.startswith(f"ray::ServeReplica:moonshard:{deployment}"):
+                    found.append((child.create_time(), child.pid))
+        return [pid for _, pid in sorted(found)]
 
     def stop(self) -> None:
         """SIGINT, and a kill of its whole session should that not do."""

@@ -14,7 +14,7 @@ RECOVERY_TIMEOUT_S = 30
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Who disturbs the shared server comes late, and who ends it last."""
-    late = ("test_shard_loss.py", "test_scaling.py", "test_lifecycle.py")
+    late = ("test_ledger_truth.py", "test_shard_loss.py", "test_scaling.py", "test_lifecycle.py")
     items.sort(key=lambda item: late.index(item.path.name) if item.path.name in late else -1)
 
 

@@ -123,6 +123,19 @@ def test_slots_are_used_again_and_a_shortage_is_told(tmp_path: Path) -> None:
     assert writer.add(step("xyz", [1, 1, 1], [True] * 3), row_costs([1, 2, 4])) == (3, 0, 4)
 
 
+def test_a_slot_that_was_given_up_is_free_once_it_is_closed(tmp_path: Path) -> None:
+    made = CostSlots.create(tmp_path / "costs", 1)
+    writer, reader = CostWriter(made), CostReader(made)
+    for name in "ab":
+        writer.add(step(name, [1], [True]), row_costs([5]))
+        assert reader.take(name) == (5, 0, 2.5)
+        assert reader.take(name) is None
+        assert writer.add(step(name, [1], [True]), row_costs([5])) == (5, 0, 0)
+        writer.close([name])
+    assert writer.add(step("c", [1], [True]), row_costs([1])) == (1, 0, 0)
+    assert reader.take("c") == (1, 0, 0.5)
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").write_bytes(b"x" * 128)
     for name in ("other", "none"):
