@@ -3,7 +3,7 @@ VENV ?= .venv
 CONFIG ?= configs/nano.yaml
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup serve test test-unit check format bench-serve clean
+.PHONY: help setup serve test test-unit check format bench-serve bench-gateway bench-fairness clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,12 @@ format: setup  ## Format the code and apply safe fixes
 
 bench-serve: setup  ## Measure Moonshard against native vLLM behind the same ingress
 	python -m bench.serve
+
+bench-gateway: setup  ## Measure what keys, limits and accounting cost
+	python -m bench.gateway
+
+bench-fairness: setup  ## Measure how two teams share full routers
+	python -m bench.fairness
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -11,6 +11,7 @@ and written to bench/results/serve.json.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -33,7 +34,8 @@ from cluster.ray_node import disconnect, start_local_node
 RESULTS = REPO_ROOT / "bench" / "results" / "serve.json"
 CONFIG = REPO_ROOT / "configs" / "nano.yaml"
 PORT = 8011
-SYSTEMS = ("moonshard", "native")
+BUILDERS = {"moonshard": "deployments.app:build", "native": "deployments.app:build_native"}
+SYSTEMS = tuple(BUILDERS)
 RUN_TIMEOUT_S = 600.0
 PATIENCE_S = 10.0
 # Logical CPUs: two routers and two ingresses stand side by side, whatever the machine has.
@@ -53,8 +55,8 @@ class Figure:
 
 def main() -> None:
     options = _parse_options()
-    args = _single_replica_args()
-    with _applications(args):
+    args = single_replica_args()
+    with applications(args, BUILDERS):
         runs = _measure(options, args)
     figures = [
         _median(system, concurrency, runs[system, concurrency])
@@ -65,7 +67,7 @@ def main() -> None:
     if not options.dry:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         report = {
-            "machine": _machine(),
+            "machine": machine(),
             "workload": {
                 "input_len": options.input_len,
                 "output_len": options.output_len,
@@ -89,7 +91,7 @@ def _parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _single_replica_args() -> dict[str, Any]:
+def single_replica_args() -> dict[str, Any]:
     """The shipped config with autoscaling pinned to one replica: the peer has one as well."""
     document = yaml.safe_load(CONFIG.read_text())
     args: dict[str, Any] = document["applications"][0]["args"]
@@ -100,19 +102,24 @@ def _single_replica_args() -> dict[str, Any]:
 
 
 @contextmanager
-def _applications(args: dict[str, Any]) -> Iterator[None]:
-    """Both applications on a Ray node of their own; everything is gone after the block."""
+def applications(args: dict[str, Any], builders: dict[str, str]) -> Iterator[None]:
+    """Applications on a Ray node of their own; everything is gone after the block.
+
+    Args:
+        args: of every builder.
+        builders: name, which is the route prefix too -> "module:function".
+    """
     adopt_orphans()
     start_local_node(parse_config(args).ray)
     # Ray reads its environment when it is imported, and the node's start prepares that.
     from ray import serve
 
-    from deployments.app import build, build_native
-
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        serve.run(build(args), name="moonshard", route_prefix="/moonshard")
-        serve.run(build_native(args), name="native", route_prefix="/native")
+        for name, builder in builders.items():
+            module, function = builder.split(":")
+            build = getattr(importlib.import_module(module), function)
+            serve.run(build(args), name=name, route_prefix=f"/{name}")
         yield
     finally:
         serve.shutdown()
@@ -130,7 +137,7 @@ def _measure(
             # The order flips each round, so that neither system always runs on a warm machine.
             for system in SYSTEMS if number % 2 else SYSTEMS[::-1]:
                 seed = 1000 * (number + 1) + concurrency
-                result = _run_load(system, concurrency, seed, options, model.id, model.checkpoint)
+                result = run_load(system, concurrency, seed, options, model.id, model.checkpoint)
                 if number < 0:
                     continue  # the first round warms both up
                 runs.setdefault((system, concurrency), []).append(result)
@@ -142,14 +149,16 @@ def _measure(
     return runs
 
 
-def _run_load(
+def run_load(
     system: str,
     concurrency: int,
     seed: int,
     options: argparse.Namespace,
     model_id: str,
     checkpoint: Path,
+    key: str = "none",
 ) -> dict[str, float]:
+    """One run of the load generator: its result."""
     num_prompts = concurrency * options.prompts_per_slot
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -165,7 +174,12 @@ def _run_load(
             *("--save-result", "--result-dir", folder, "--result-filename", "run.json"),
             "--disable-tqdm",
         ]
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "OMP_NUM_THREADS": "1",
+            "OPENAI_API_KEY": key,
+        }
         finished = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S
         )
@@ -203,7 +217,7 @@ def _print_table(figures: list[Figure]) -> None:
         print(f"moonshard / native at concurrency {concurrency}: {ratio:.2f}")
 
 
-def _machine() -> dict[str, str | int | None]:
+def machine() -> dict[str, str | int | None]:
     models = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

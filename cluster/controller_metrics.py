@@ -19,6 +19,7 @@ from monitoring.push import MetricsPusher
 __all__ = ["ControllerMetrics", "ControllerState", "RestartCount", "record_state"]
 
 _LIST_INTERVAL_S = 5.0
+_OF_VIEWS = {"shards_live", "shard_up", "node_cost_usd_per_hour"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class ControllerMetrics:
     def __init__(self, state: Callable[[], ControllerState]) -> None:
         self._state = state
         self._task: asyncio.Task[None] | None = None
+        self._pusher: MetricsPusher | None = None
         self._listed: list[NodeInfo] = []
         self._listed_s = -_LIST_INTERVAL_S
 
@@ -56,14 +58,14 @@ class ControllerMetrics:
         def refresh() -> None:
             record_state(metrics, self._state(), self._nodes(), config, restarts)
 
-        pusher = MetricsPusher(
+        self._pusher = MetricsPusher(
             metrics,
             SourceId.new("controller", "controller"),
             MetricsSender().send,
             config.metrics.push_interval_s,
             refresh,
         )
-        self._task = asyncio.create_task(pusher.run(), name="metrics")
+        self._task = asyncio.create_task(self._pusher.run(), name="metrics")
 
     async def stop(self) -> None:
         """End the metrics actor; its totals go with it. Idempotent."""
@@ -75,6 +77,9 @@ class ControllerMetrics:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        pusher, self._pusher = self._pusher, None
+        if pusher is not None:
+            await pusher.push()  # a restart since the last message: the next task starts at 0
 
     def _nodes(self) -> list[NodeInfo]:
         if time.monotonic() - self._listed_s >= _LIST_INTERVAL_S:
@@ -110,8 +115,19 @@ def record_state(
     config: MoonshardConfig,
     restarts: RestartCount,
 ) -> None:
-    """Bring the controller's metrics up to date."""
+    """Bring the controller's metrics up to date.
+
+    What a controller that has just come back does not know yet is left out: as 0 it would say that
+    all shards were lost.
+    """
     views = state.views
+    is_known = bool(views) and all(view.phase is not Phase.UNKNOWN for view in views)
+    unknown = {
+        *(() if is_known else _OF_VIEWS),
+        *(() if views else {"shards_wanted"}),
+        *(() if state.table_version else {"table_version"}),
+    }
+    metrics.withhold(unknown)
     metrics.table_version.set(state.table_version)
     metrics.shards_wanted.set(len(views))
     metrics.shards_live.set(sum(view.phase is Phase.READY for view in views))

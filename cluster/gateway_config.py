@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -12,6 +13,9 @@ from cluster.config_section import KIB, MIB, REPO_ROOT, Section
 from cluster.exceptions import ConfigError
 
 __all__ = ["CostsConfig", "GatewayConfig", "HttpConfig", "LedgerConfig", "MetricsConfig"]
+
+
+_Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class HttpConfig(Section):
@@ -76,6 +80,11 @@ class LedgerConfig(Section):
         return Path(self.state_dir).expanduser().absolute()
 
     @property
+    def write_ahead_path(self) -> Path:
+        """Folder of the router replicas' write-ahead files."""
+        return self.state_path / "write-ahead"
+
+    @property
     def prices_path(self) -> Path:
         """`prices` made absolute (relative paths start at `REPO_ROOT`)."""
         path = Path(self.prices).expanduser()
@@ -101,10 +110,10 @@ class LedgerConfig(Section):
 class CostsConfig(Section):
     """What the machines cost, in USD per hour, for infrastructure cost and cost by experts."""
 
-    node_usd_per_hour: float = Field(default=0, ge=0)
+    node_usd_per_hour: _Price = 0
     """A node of the cluster that no entry below names."""
 
-    node_usd_per_hour_by_resource: dict[str, float] = Field(default_factory=dict)
+    node_usd_per_hour_by_resource: dict[str, _Price] = Field(default_factory=dict)
     """The price of nodes that have this Ray resource (`H100`, or a custom one); the first entry
     that fits a node counts."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from cluster.names import METRICS_NAME, NAMESPACE
 from cluster.ray_adapter import kv_delete, kv_get, kv_put
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _SAVED = "metrics_totals"
 _TICK_S = 1.0
-_SAVE_INTERVAL_S = 10.0
+_SAVE_INTERVAL_S = 5.0
 _CALL_TIMEOUT_S = 5.0
 
 
@@ -64,6 +64,7 @@ class MetricsActor:
 
     async def experts(self) -> dict[str, Any]:
         """The load of every expert, JSON-able."""
+        await self._settled.wait()
         return self._aggregator.experts()
 
     async def depart(self, role: Role, name: str) -> None:
@@ -81,15 +82,16 @@ class MetricsActor:
             self._settled.set()
 
     async def _run(self) -> None:
-        saved_s = -_SAVE_INTERVAL_S  # at once: what was counted must know these totals again
+        saved_s = 0.0
+        is_due = True  # at once: what was counted must know these totals again
         while not self._is_ending:
             await asyncio.sleep(_TICK_S)
             try:
-                has_departed = self._aggregator.tick()
+                is_due |= self._aggregator.tick()
                 self._note_settled()
-                if has_departed or time.monotonic() - saved_s >= _SAVE_INTERVAL_S:
+                if is_due or time.monotonic() - saved_s >= _SAVE_INTERVAL_S:
                     await self._save()
-                    saved_s = time.monotonic()
+                    is_due, saved_s = False, time.monotonic()
             except Exception:
                 logger.exception("metrics go on after")
 
@@ -97,6 +99,7 @@ class MetricsActor:
         async with self._saving:
             if not self._is_ending:
                 await asyncio.to_thread(kv_put, _SAVED, self._aggregator.save())
+                self._aggregator.saved()
 
 
 class MetricsSender:
@@ -170,13 +173,14 @@ def get_metrics_actor() -> ActorHandle[Any] | None:
 def stop_metrics_actor() -> None:
     """End the actor and forget its totals. No error when none runs."""
     handle = get_metrics_actor()
-    if handle is None:
-        return
-    try:
-        ray.get(handle.close.remote(), timeout=_CALL_TIMEOUT_S)
-    except (RayActorError, GetTimeoutError) as error:
-        logger.warning("the metrics actor is ended all the same: %s", error)
-    ray.kill(handle, no_restart=True)
+    if handle is not None:
+        try:
+            ray.get(handle.close.remote(), timeout=_CALL_TIMEOUT_S)
+        except RayError as error:
+            logger.warning("the metrics actor is ended all the same: %s", error)
+        ray.kill(handle, no_restart=True)
+    # Again: one that did not answer, or had died, has not done it.
+    kv_delete(_SAVED)
 
 
 def _restored(top_experts: int) -> Aggregator:

@@ -31,7 +31,7 @@ _PREFIX = "moonshard-shards-"
 _MAGIC = b"SHRDCNT1"
 _HISTORY_AT, _FIGURES_AT, _ROWS_AT = 16, 64, 128
 _HISTORY_BYTES = 32
-_UNUSED_S = 3600.0
+_UNUSED_S = 3600.0  # not above what the aggregator remembers of the gone (monitoring.sources)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,6 +191,14 @@ class ShardCounters:
         """A copy of all of it."""
         values = dict(zip(FIELDS, self._words.tolist(), strict=False))
         return Figures(**values, expert_rows=self._expert_rows.copy())
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nobody has used the file for an hour: then nobody knows any more what of it was
+        counted."""
+        if self.path is None:
+            return False
+        return time.time() - self.path.stat().st_mtime > _UNUSED_S
 
     def touch(self) -> None:
         """Show that the file is in use."""

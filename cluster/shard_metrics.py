@@ -129,7 +129,7 @@ class ShardMetrics:
     def _hand_on_heritage(self, history: str) -> None:
         for counters in abandoned(self._folder, self._token, self._shard_id):
             # Of totals that were forgotten (a stop and a new start), or ours.
-            if counters.history in ("", history):
+            if counters.history in ("", history) and not counters.is_unused:
                 try:
                     self._send(last_words(counters))
                 except ConnectionError:

@@ -38,6 +38,7 @@ ExpertCosts = Callable[[str], ExpertCost | Awaitable[ExpertCost | None] | None]
 """What the shards spent on a request of the engine's that is over, by its id there."""
 
 _DRAIN_TIMEOUT_S = 30.0
+_SETTLE_TIMEOUT_S = 10.0
 _SHUTDOWN_TIMEOUT_S = 10.0
 
 
@@ -132,16 +133,33 @@ class MoonshardAsyncLLM(AsyncLLM):  # type: ignore[misc]
 
     async def close(self) -> None:
         """Shut the engine down; requests that are left end."""
-        # Tasks that have just been made see what there is to count when they first run.
-        await asyncio.sleep(0)
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._end_background()
         if self.output_handler is not None:
             # It would take the end of the engine's process for a failure.
             self.output_handler.cancel()
             await asyncio.gather(self.output_handler, return_exceptions=True)
         await asyncio.to_thread(self.shutdown, _SHUTDOWN_TIMEOUT_S)
+
+    async def _add_request(
+        self, request: Any, prompt: Any, parent_req: Any, index: int, queue: Any
+    ) -> None:
+        await super()._add_request(request, prompt, parent_req, index, queue)
+        if index == 0:
+            # When the last choice is in, the first may be over, and its state gone.
+            queue.first_choice = self.output_processor.request_states.get(request.request_id)
+
+    async def _end_background(self) -> None:
+        """Let drains and costs come to their end: what they find out belongs in the records."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                while self._background:
+                    await asyncio.wait(self._background)
+        while self._background:  # a drain that ends may leave a cost to be found out
+            # Tasks that have just been made see what there is to count when they first run.
+            await asyncio.sleep(0)
+            for task in self._background:
+                task.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
 
     def _counter(
         self, sampling_params: SamplingParams, options: dict[str, Any]
@@ -165,7 +183,7 @@ class MoonshardAsyncLLM(AsyncLLM):  # type: ignore[misc]
             call.request_ids = [own_id]
         else:
             call.request_ids = [f"{index}_{own_id}" for index in range(num_choices)]
-        call.first_choice = self.output_processor.request_states.get(call.request_ids[0])
+        call.first_choice = getattr(collector, "first_choice", None)
 
     def _count(self, call: _Call, output: Any) -> None:
         if call.counter is None:

@@ -64,6 +64,12 @@ class ExpertsGuard:
         self._acknowledged = 0
         self._table_reason = "its experts are still loading"
         self._failure = ""
+        self._num_withdrawals = 0
+
+    @property
+    def num_withdrawals(self) -> int:
+        """Times that running requests were ended because experts were unreachable."""
+        return self._num_withdrawals
 
     def table_changed(self, table: RoutingTable) -> None:
         """Take note of a new table. Any thread."""
@@ -120,6 +126,7 @@ class ExpertsGuard:
 
     async def _recover(self, engine: GuardedEngineClient) -> None:
         started = time.monotonic()
+        self._num_withdrawals += 1
         async with asyncio.timeout(self._recovery_timeout_s):
             logger.error(
                 "experts were unreachable: ending all requests and emptying the prefix cache"

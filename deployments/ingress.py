@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -25,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from cluster.config import MoonshardConfig
 from cluster.metrics_actor import MetricsSender
 from cluster.ray_adapter import serve_http_host
-from deployments.accounting import ACCOUNT_HEADER
+from deployments.accounting import ACCOUNT_HEADER, OrphanShipper
 from deployments.answers import to_api_error
 from deployments.errors import (
     ApiError,
@@ -36,17 +37,19 @@ from deployments.errors import (
     timed_out,
 )
 from deployments.gateway.admission import Order, TokenLimits, order_chat, order_completion
+from deployments.gateway.bodies import Bodies
 from deployments.gateway.cluster_metrics import ClusterMetrics
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.local_peers import check_exposure
 from deployments.gateway.passage import Passage
 from deployments.gateway.refusals import Refusal, forbidden, model_not_allowed
+from deployments.gateway.shared_answer import SharedAnswer
 from deployments.gateway.usage_report import DEFAULT_GROUPS, as_csv, as_json, as_time, grouping
 from deployments.relay import EventStream, ending_of, failure, first_of, never_sent
-from deployments.request_rules import parse_request, read_json
+from deployments.request_rules import parse_json, parse_request, read_body
 from monitoring.exposition import CONTENT_TYPE
-from monitoring.ledger import UsageQuery
-from monitoring.usage import Principal
+from monitoring.ledger import UsageQuery, UsageRow
+from monitoring.usage import Principal, UsageRecord
 
 __all__ = ["Ingress", "find_gateway", "without_credentials"]
 
@@ -54,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _READY_TIMEOUT_S = 5.0
 _READY_MEMORY_S = 60.0
+_READY_SHARED_S = 1.0
 _FORWARDED_HEADERS = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 
 # Characters that no database takes in a string are in no name.
@@ -93,12 +97,19 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         self._metrics = ClusterMetrics()
         self._created = int(time.time())
         self._was_ready_at = float("-inf")
+        self._readiness = SharedAnswer(self._unready_reason, _READY_SHARED_S)
+        self._bodies = Bodies()
         self.gateway = await self._open_gateway()
+        # What routers have left on this node, should none of them come back to it.
+        self._orphans = OrphanShipper(self._config.ledger.write_ahead_path, self._send_usage)
+        self._orphans.start()
 
     async def __del__(self) -> None:
         # Serve calls this when a replica ends, and awaits it.
         if hasattr(self, "gateway"):
+            await self._orphans.close()
             await self.gateway.close()
+            self._bodies.close()
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -152,13 +163,19 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             )
         except ValueError as error:
             raise bad_request(f"{str(error).capitalize()}.") from None
-        rows = await self.gateway.usage(query)
         if format is None and "text/csv" in request.headers.get("accept", ""):
             format = "csv"
+
+        def build(rows: list[UsageRow]) -> bytes:
+            if format == "csv":
+                return as_csv(rows, query).encode()
+            return json.dumps(as_json(rows, query), separators=(",", ":")).encode()
+
+        report = await self.gateway.usage(query, build)
         if format == "csv":
             headers = {"content-disposition": 'attachment; filename="usage.csv"'}
-            return Response(as_csv(rows, query), headers=headers, media_type="text/csv")
-        return JSONResponse(as_json(rows, query))
+            return Response(report, headers=headers, media_type="text/csv")
+        return Response(report, media_type="application/json")
 
     async def experts(self) -> Response:
         """GET /v1/experts: the load of every expert."""
@@ -176,13 +193,16 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         """
         return await self.gateway.record_usage(lines)
 
+    async def _send_usage(self, records: list[UsageRecord]) -> None:
+        await self.gateway.record_usage([record.to_json() for record in records])
+
     async def health(self) -> dict[str, str]:
         """GET /health: this process answers."""
         return {"status": "alive"}
 
     async def ready(self) -> Response:
         """GET /ready: 200 while the router takes requests, else 503 and why not."""
-        reason = await self._unready_reason()
+        reason = await self._readiness.get()
         if reason:
             return error_response(experts_unavailable(reason))
         return JSONResponse({"status": "ready"})
@@ -212,6 +232,9 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         return str(answer["reason"])
 
     async def _get_model_id(self, model: str | None) -> str:
+        return self._model_of(model)
+
+    def _model_of(self, model: str | None) -> str:
         # The base class names the model that was asked for in its error.
         if model is None and len(self._model_cards) == 1:
             return str(next(iter(self._model_cards)))
@@ -220,10 +243,26 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
         return str(model)
 
     async def _answer(self, request: Request, endpoint: str, request_cls: type[Any]) -> Response:
-        timeout_s = self._config.router.request_timeout_s
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        passage = self.gateway.arrived(request.state.principal)
+        deadline = asyncio.get_running_loop().time() + self._config.router.request_timeout_s
+        passage = self.gateway.arrived(request.state.principal, request.state.key_digest)
         request.state.answer_headers["x-moonshard-request-id"] = passage.request_id
+        try:
+            answer = await self._attempt(request, endpoint, request_cls, passage, deadline)
+        except Exception:
+            await passage.leave()
+            raise
+        return answer
+
+    async def _attempt(
+        self,
+        request: Request,
+        endpoint: str,
+        request_cls: type[Any],
+        passage: Passage,
+        deadline: float,
+    ) -> Response:
+        """The answer, or why there is none; the passage has ended unless it is a stream."""
+        timeout_s = self._config.router.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
                 items = await self._enter(request, endpoint, request_cls, passage)
@@ -250,27 +289,43 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
             return EventStream(first, items, passage, deadline, timeout_s)
         passage.end("ok")
         await items.aclose()
+        await passage.leave()
         return JSONResponse(first.model_dump())
 
     async def _enter(
         self, request: Request, endpoint: str, request_cls: type[Any], passage: Passage
     ) -> AsyncGenerator[Any, None]:
         """Read the request, and hand it on once it may."""
-        http = self._config.http
-        data, num_bytes = await read_json(request, http.max_body_bytes, http.body_timeout_s)
-        body = parse_request(request_cls, data)
-        model = await self._get_model_id(body.model)
-        if not _may_use(passage.principal, model):
-            raise model_not_allowed()
-        order: Order
-        if endpoint == "chat":
-            order = order_chat(body, data, model, num_bytes, self._limits)
-        else:
-            order = order_completion(body, model, num_bytes, self._limits)
+        body, order = await self._read(request, endpoint, request_cls, passage)
         await passage.enter(order, request.state.answer_headers)
         return self._get_response(
             body=body, call_method=endpoint, raw_request=_billed(request, passage.account)
         )
+
+    async def _read(
+        self, request: Request, endpoint: str, request_cls: type[Any], passage: Passage
+    ) -> tuple[Any, Order]:
+        http = self._config.http
+        with self._bodies.room() as take:
+            content = await read_body(request, http.max_body_bytes, http.body_timeout_s, take)
+            await passage.confirm()  # the body may have taken its time
+            return await self._bodies.parse(
+                len(content),
+                lambda: self._understood(content, endpoint, request_cls, passage.principal),
+            )
+
+    def _understood(
+        self, content: bytes, endpoint: str, request_cls: type[Any], principal: Principal
+    ) -> tuple[Any, Order]:
+        """The request that a body holds, and what it may use. On any thread."""
+        data = parse_json(content)
+        body = parse_request(request_cls, data)
+        model = self._model_of(body.model)
+        if not _may_use(principal, model):
+            raise model_not_allowed()
+        if endpoint == "chat":
+            return body, order_chat(body, data, model, len(content), self._limits)
+        return body, order_completion(body, model, len(content), self._limits)
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None

@@ -65,20 +65,25 @@ class EventStream(StreamingResponse):
         while True:
             if events:
                 is_wrong = is_wrong or any(event.startswith(_ERROR_EVENT) for event in events)
+                if _DONE_EVENT in events:
+                    await self._passage.leave()
                 yield "".join(events)
             try:
                 async with asyncio.timeout_at(self._deadline):
                     batch = await anext(self._items, None)
             except TimeoutError:
                 self._passage.end("timeout")
+                await self._passage.leave()
                 yield timed_out(self._timeout_s).event() + _DONE_EVENT
                 return
             except Exception as error:  # noqa: BLE001 - the process boundary; `failure` logs it
                 self._passage.end("server_error")
+                await self._passage.leave()
                 yield failure(error).event() + _DONE_EVENT
                 return
             if batch is None:
                 self._passage.end("server_error" if is_wrong else "ok")
+                await self._passage.leave()
                 return
             events = self._passage.take(batch)
 

@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import ray
 
 from cluster.client import ensure_controller
 from cluster.config import MoonshardConfig
+from deployments.accounting import CostWaiter
 from deployments.guard import ExpertsGuard
 from deployments.table_relay import TableRelay
 from routing.cost_slots import CostReader, CostSlots, RequestCost
@@ -29,8 +29,6 @@ __all__ = ["RemoteExperts"]
 logger = logging.getLogger(__name__)
 
 _CONTROLLER_TIMEOUT_S = 60.0
-_COST_TIMEOUT_S = 1.0
-_COST_POLL_S = 0.005
 _COST_SLOTS = 1024
 _COST_SLOTS_PER_SEQUENCE = 8
 _LOOPBACK = "127.0.0.1"
@@ -55,11 +53,9 @@ class RemoteExperts:
         self.state = EngineState.create(folder / f"{stem}.state")
         num_slots = _COST_SLOTS + _COST_SLOTS_PER_SEQUENCE * config.engine.max_num_seqs
         self._costs = CostSlots.create(folder / f"{stem}.costs", num_slots)
-        self._cost_reader = CostReader(self._costs)
-        dispatch = config.dispatch
-        self.guard = ExpertsGuard(
-            self.state, dispatch.recovery_timeout_s + dispatch.request_timeout_s
-        )
+        step_timeout_s = config.dispatch.recovery_timeout_s + config.dispatch.request_timeout_s
+        self._cost_waiter = CostWaiter(CostReader(self._costs), step_timeout_s)
+        self.guard = ExpertsGuard(self.state, step_timeout_s)
         self._feed: TableFeedServer | None = None
         self._relay: TableRelay | None = None
         self._baseline: dict[str, int] = {}
@@ -83,13 +79,9 @@ class RemoteExperts:
     async def cost_of(self, request_id: str) -> RequestCost | None:
         """What the shards spent on a request of the engine's that is over; None when nothing.
 
-        Once only. Waits for the step that may still run for it, up to a second.
+        Once only. Waits for the step that may still run for it.
         """
-        deadline = time.monotonic() + _COST_TIMEOUT_S
-        # The worker says so in shared memory: there is nothing to await.
-        while self._cost_reader.is_open(request_id) and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_COST_POLL_S)
-        return self._cost_reader.take(request_id)
+        return await self._cost_waiter.cost_of(request_id)
 
     def warmed_up(self) -> None:
         """From here on dispatches count as those of users."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -16,13 +18,15 @@ from vllm.exceptions import VLLMClientError
 from deployments.control_tokens import ROLES
 from deployments.errors import ApiError, bad_request, from_engine, from_validation
 
-__all__ = ["parse_request", "read_json"]
+__all__ = ["parse_json", "parse_request", "read_body", "read_json"]
 
 logger = logging.getLogger(__name__)
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
 _MAX_DEPTH = 64
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MAX_MESSAGES = 4096
 _DRAIN_FACTOR = 16
 _REFUSED_FIELDS = (
     # Between engines; the first can smuggle prompt ids past the chat template.
@@ -49,22 +53,52 @@ async def read_json(
     Raises:
         ApiError: it is too slow, too large, no JSON, or not an object.
     """
+    body = await read_body(request, max_body_bytes, timeout_s)
+    return parse_json(body), len(body)
+
+
+async def read_body(
+    request: Request,
+    max_body_bytes: int,
+    timeout_s: float,
+    take: Callable[[int], None] = lambda _: None,
+) -> bytes:
+    """The body.
+
+    Args:
+        timeout_s: longest time in which all of it must arrive.
+        take: called with the size of each part that is kept; may refuse it.
+
+    Raises:
+        ApiError: it is too slow or too large.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            body = await _read_body(request, max_body_bytes)
+            return await _read_body(request, max_body_bytes, take)
     except TimeoutError:
         raise ApiError(
             408, f"The body did not arrive within {timeout_s:g} s.", "request_timeout"
         ) from None
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        ApiError: it is no JSON, or not an object.
+    """
     try:
         # Only UTF-8: in UTF-16 a text may take fewer bytes than it has tokens, and the size of a
         # body is what a prompt is bounded by.
         data = json.loads(body.decode("utf-8-sig"))
+        if _SURROGATE.search(body):
+            # Half of a pair is no text: no tokenizer takes it.
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise bad_request("The body is not valid JSON.", "invalid_json") from None
     if not isinstance(data, dict):
         raise bad_request("The body must be a JSON object.", "invalid_json")
-    return data, len(body)
+    return data
 
 
 def parse_request(model_cls: type[RequestT], data: dict[str, Any]) -> RequestT:
@@ -115,13 +149,14 @@ def _unsupported(field: str) -> ApiError:
     return bad_request(f"'{field}' is not supported.", "unsupported_parameter", field)
 
 
-async def _read_body(request: Request, max_body_bytes: int) -> bytes:
+async def _read_body(request: Request, max_body_bytes: int, take: Callable[[int], None]) -> bytes:
     chunks: list[bytes] = []
     num_bytes = 0
     try:
         async for chunk in request.stream():
             num_bytes += len(chunk)
             if num_bytes <= max_body_bytes:
+                take(len(chunk))
                 chunks.append(chunk)
             else:
                 # Read on without keeping it: a caller that is cut off while it sends sees a
@@ -158,6 +193,10 @@ def _check_messages(messages: Any) -> None:
         return
     if not messages:
         raise bad_request("'messages' must hold at least one message.", param="messages")
+    if len(messages) > _MAX_MESSAGES:
+        raise bad_request(
+            f"'messages' must hold at most {_MAX_MESSAGES} messages.", param="messages"
+        )
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from typing import Any
 
 from ray import serve
@@ -29,9 +30,9 @@ __all__ = ["Router"]
 
 logger = logging.getLogger(__name__)
 
-_WRITE_AHEAD_FOLDER = "write-ahead"
 _SEND_TIMEOUT_S = 30.0
 _DRAIN_TIMEOUT_S = 10.0
+_METRICS_TIMEOUT_S = 5.0
 
 
 class Router(LLMServer):  # type: ignore[misc]
@@ -130,7 +131,7 @@ class Router(LLMServer):  # type: ignore[misc]
 
     def _start_accounting(self) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        folder = self._config.ledger.state_path / _WRITE_AHEAD_FOLDER
+        folder = self._config.ledger.write_ahead_path
         log = UsageLog.create(folder, replica)
         self._shipper = Shipper(log, folder, self._send_usage)
         self._accounts = Accounts(log, replica, self._config.model.id, self._shipper.wake)
@@ -176,28 +177,41 @@ class Router(LLMServer):  # type: ignore[misc]
         return ExpertCost(prompt_ns, generation_ns, nano_usd)
 
     async def _close(self) -> None:
-        try:
-            await self._close_engine()
-        finally:
-            accounts, self._accounts = self._accounts, None
-            if accounts is not None:
-                accounts.abandon_all()
-            shipper, self._shipper = self._shipper, None
+        accounts, self._accounts = self._accounts, None
+        shipper, self._shipper = self._shipper, None
+        # The last comes first, and each has its turn whatever became of the ones before.
+        async with AsyncExitStack() as steps:
             if shipper is not None:
-                await shipper.drain(_DRAIN_TIMEOUT_S)
-                await shipper.close()
+                steps.push_async_callback(shipper.close)
+                steps.push_async_callback(shipper.drain, _DRAIN_TIMEOUT_S)
+            if accounts is not None:
+                steps.callback(accounts.abandon_all)
+            steps.push_async_callback(self._close_engine)
 
     async def _close_engine(self) -> None:
-        if self._recovery is not None:
-            self._recovery.cancel()
-            await asyncio.gather(self._recovery, return_exceptions=True)
-            self._recovery = None
+        recovery, self._recovery = self._recovery, None
         engine, self.engine = self.engine, None
-        if engine is not None:
-            await engine.shutdown()
         metrics, self._metrics = self._metrics, None
-        if metrics is not None:
-            await metrics.close()
+        async with AsyncExitStack() as steps:
+            steps.push_async_callback(self._close_experts)
+            if metrics is not None:
+                steps.push_async_callback(_close_metrics, metrics)
+            if engine is not None:
+                steps.push_async_callback(engine.shutdown)
+            if recovery is not None:
+                recovery.cancel()
+                await asyncio.gather(recovery, return_exceptions=True)
+
+    async def _close_experts(self) -> None:
+        # Not before: requests that end while the engine does ask what they have cost.
         experts, self._experts = self._experts, None
         if experts is not None:
             await experts.close()
+
+
+async def _close_metrics(metrics: RouterMetrics) -> None:
+    try:
+        async with asyncio.timeout(_METRICS_TIMEOUT_S):
+            await metrics.close()
+    except TimeoutError:
+        logger.warning("the last metrics did not get to the metrics actor")

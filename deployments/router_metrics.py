@@ -20,7 +20,6 @@ _COUNTERS = {
     "dispatch_retries": "retries",
     "dispatch_reconnects": "reconnects",
     "dispatch_python_layers": "python_layers",
-    "experts_unavailable": "poison",
 }
 _STAGES = ("dispatch", "wait", "combine")
 _DIRECTIONS = ("sent", "received")
@@ -83,6 +82,7 @@ class RouterMetrics:
         counts = self._experts.counters()
         for name, field in _COUNTERS.items():
             self._metrics.advance(name, counts[field])
+        self._metrics.advance("experts_unavailable", self._experts.guard.num_withdrawals)
         for stage in _STAGES:
             total_s = counts[f"{stage}_ns"] / _NS_PER_S
             self._metrics.advance("dispatch_seconds", total_s, stage=stage)

@@ -5,7 +5,6 @@ Pure: no Ray, no clock of its own. `cluster.metrics_actor` runs it.
 
 from __future__ import annotations
 
-import itertools
 import pickle
 import secrets
 import time
@@ -19,7 +18,7 @@ from monitoring.declaration import ROLES, Declaration, Domain, Kind, Merge, Role
 from monitoring.declarations import DECLARATIONS
 from monitoring.experts import WINDOWS_S, ExpertLoad, Window, hottest, layer_balance
 from monitoring.exposition import Families, render
-from monitoring.infrastructure import PHASES, InfrastructureCost
+from monitoring.infrastructure import CostCounter
 from monitoring.messages import Ack, ClusterView, Counts, Push
 from monitoring.metrics import LabelLimit
 from monitoring.sources import News, Source, Sources, Standing
@@ -27,8 +26,10 @@ from monitoring.sources import News, Source, Sources, Standing
 __all__ = ["Aggregator"]
 
 _BY_ATTRIBUTE = {declaration.attribute: declaration for declaration in DECLARATIONS}
-_FORMAT = zlib.crc32(repr(DECLARATIONS).encode())
-_AWAIT_S = 5.0
+_LAYOUT = 2  # of what `save` gives
+_FORMAT = zlib.crc32(repr((_LAYOUT, DECLARATIONS)).encode())
+# Below the 10 s that the gateway waits for an answer, with room for making it.
+_AWAIT_S = 8.0
 _COST = "infrastructure_cost_usd"
 
 
@@ -57,10 +58,8 @@ class Aggregator:
         self._totals: Counts = {}
         self._experts = ExpertLoad(self._started_s)
         self._experts_updated_s = 0.0
-        self._cost = InfrastructureCost()
+        self._cost = CostCounter(unix_time())
         self._limits: dict[Domain, LabelLimit] = {}
-        for component, phase in itertools.product(("router", "shards"), PHASES):
-            self._add(_COST, (component, phase), (0.0,))
 
     def apply(self, push: Push) -> Ack:
         """Count a message, once."""
@@ -76,23 +75,26 @@ class Aggregator:
         self._sources.depart(role, name)
 
     def tick(self) -> bool:
-        """Let time pass; to be called every second or so. Whether a process has gone."""
+        """Let time pass; to be called every second or so.
+
+        Returns:
+            Whether a process has gone since the last call: nobody can tell its counts again.
+        """
         now_s = self._monotonic()
         dt_s, self._ticked_s = now_s - self._ticked_s, now_s
         self._experts.roll(now_s)
         prices = self._gauges(_BY_ATTRIBUTE["node_cost_usd_per_hour"])
         usd_per_hour = {key[0]: usd for key, usd in prices.items()}
         num_shards = sum(1 for _ in self._sources.live("shard"))
-        for key, usd in self._cost.step(dt_s, usd_per_hour, num_shards).items():
-            self._add(_COST, key, (usd,))
+        self._cost.step(dt_s, usd_per_hour, num_shards, self._unix_time())
         return self._sources.expire(now_s)
 
     @property
     def is_settled(self) -> bool:
         """Whether the totals are as new as before a restart.
 
-        Until then a reader would see them fall; but not for longer than some seconds, in which
-        whoever lives pushes.
+        Until then a reader would see them fall. But one that died with the aggregator would be
+        waited for in vain, so nobody is waited for longer than some seconds.
         """
         late = self._monotonic() - self._started_s > _AWAIT_S
         return late or not self._sources.is_awaiting
@@ -106,6 +108,7 @@ class Aggregator:
                 families[declaration.attribute] = {key: (v,) for key, v in gauges.items()}
             elif declaration.kind is not Kind.GAUGE:
                 families[declaration.attribute] = self._totals.get(declaration.attribute, {})
+        families[_COST] = {key: (usd,) for key, usd in self._cost.shown.items()}
         return render(families | self._own_gauges())
 
     def experts(self) -> dict[str, Any]:
@@ -137,22 +140,30 @@ class Aggregator:
         }
 
     def save(self) -> bytes:
-        """What a restart needs to go on (`restore`); trust it as you trust its storage."""
+        """What a restart needs to go on (`restore`); trust it as you trust its storage.
+
+        Tell when it is stored (`saved`).
+        """
         sources = [
             (name, s.sequence, s.silence_s, s.counts, s.experts, s.is_live)
             for name, s in self._sources.items()
         ]
         load = self._experts
         experts = (load.layers, load.total, dict(load.total_by_shard), self._experts_updated_s)
-        state = (_FORMAT, self._history, self._totals, sources, experts)
+        forgotten, cost = list(self._sources.forgotten), self._cost.save()
+        state = (_FORMAT, self._history, self._totals, sources, forgotten, experts, cost)
         return zlib.compress(pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL), level=1)
+
+    def saved(self) -> None:
+        """What `save` gave last is stored."""
+        self._cost.saved()
 
     def restore(self, data: bytes) -> bool:
         """Go on from what `save` gave; False, and nothing done, if another version wrote it."""
         saved = pickle.loads(zlib.decompress(data))
         if saved[0] != _FORMAT:
             return False
-        _, self._history, totals, sources, experts = saved
+        _, self._history, totals, sources, forgotten, experts, cost = saved
         for attribute, series in totals.items():
             for key, numbers in series.items():
                 self._add(attribute, key, numbers)
@@ -160,6 +171,8 @@ class Aggregator:
         for name, sequence, silence_s, counts, rows, is_live in sources:
             source = Source(sequence, now_s, silence_s, counts, {}, rows, is_live)
             self._sources.restore(name, source)
+        self._sources.restore_forgotten(forgotten)
+        self._cost.restore(cost, self._unix_time())
         layers, total, by_shard, self._experts_updated_s = experts
         self._experts.restore(layers, total, by_shard)
         return True
@@ -207,6 +220,9 @@ class Aggregator:
         balance = self._balancedness(window)
         hot = hottest(window.rows, self._experts.layers, self._top_experts)
         return {
+            "experts_per_layer": (
+                {(): (float(self._experts.num_experts),)} if self._experts.num_experts else {}
+            ),
             "metrics_sources": {
                 (role,): (float(sum(1 for _ in self._sources.live(role))),) for role in ROLES[:-1]
             },

@@ -286,6 +286,11 @@ _AGGREGATOR = (
     ),
     _gauge(
         "aggregator",
+        "experts_per_layer",
+        "Logical experts of a MoE layer; what the lowest balancedness over experts depends on.",
+    ),
+    _gauge(
+        "aggregator",
         "hottest_expert_share",
         "Rows of the hottest experts in the last minute, over an even share of their layer's.",
         {"layer": Domain.HOT_LAYER, "expert": Domain.HOT_EXPERT},

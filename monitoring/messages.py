@@ -12,7 +12,19 @@ import numpy.typing as npt
 
 from monitoring.declaration import Role
 
-__all__ = ["Ack", "ClusterView", "Counts", "ExpertRows", "Push", "SourceId", "Totals"]
+__all__ = [
+    "Ack",
+    "ClusterView",
+    "Counts",
+    "ExpertRows",
+    "Push",
+    "SourceId",
+    "Totals",
+    "longest_silence_s",
+]
+
+_MIN_SILENCE_S = 10.0
+_SILENT_INTERVALS = 5
 
 Counts = dict[str, dict[tuple[str, ...], tuple[float, ...]]]
 """Metric (by attribute) -> label values in declared order -> numbers that only grow: one of a
@@ -122,3 +134,8 @@ class Ack:
     incarnation: str
     history: str
     view: ClusterView
+
+
+def longest_silence_s(interval_s: float) -> float:
+    """Who hears nothing for longer, of one that speaks at this interval, takes it as gone."""
+    return max(_MIN_SILENCE_S, _SILENT_INTERVALS * interval_s)

@@ -6,6 +6,7 @@ nothing scrapes a process by itself.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -63,6 +64,7 @@ class Metrics:
         }
         self._team_limit = LabelLimit(MAX_TEAMS)
         self._advanced: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._withheld: frozenset[str] = frozenset()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -73,6 +75,29 @@ class Metrics:
     def team_label(self, team: str) -> str:
         """What to put into a label `team`: the team, or `OTHER` past the first 1,000."""
         return self._team_limit(team)
+
+    def begin(self, name: str, **labels: str) -> None:
+        """Make series exist before their first event: `rate` does not see one that a series is
+        born with.
+
+        Args:
+            name: of a counter or histogram.
+            labels: of every label whose values nobody knows beforehand; the others take all of
+                theirs.
+        """
+        metric: Any = self._metrics[name]
+        (declaration,) = (d for d in self._declared if d.attribute == name)
+        values = [
+            known if isinstance(known, tuple) else (labels[label],)
+            for label, known in declaration.labels.items()
+        ]
+        for key in itertools.product(*values):
+            metric.labels(*key)
+
+    def withhold(self, names: Iterable[str]) -> None:
+        """Leave these gauges out, and no others, until the next call: nobody knows their values
+        for now."""
+        self._withheld = frozenset(names)
 
     def advance(self, name: str, total: float, **labels: str) -> None:
         """Bring a counter up to a total that is counted elsewhere (a state file, a server).
@@ -91,9 +116,12 @@ class Metrics:
         """All of it now."""
         counts: Counts = {}
         gauges: dict[str, dict[tuple[str, ...], float]] = {}
+        withheld = self._withheld
         for declaration in self._declared:
-            samples = _samples(self._metrics[declaration.attribute])
             name = declaration.attribute
+            if name in withheld:
+                continue
+            samples = _samples(self._metrics[name])
             if declaration.kind is Kind.GAUGE:
                 gauges[name] = {_key(declaration, sample): sample.value for sample in samples}
             elif declaration.kind is Kind.COUNTER:
@@ -117,7 +145,7 @@ def _make(declaration: Declaration, registry: CollectorRegistry) -> MetricWrappe
     else:
         metric = Counter(name, text, labels, registry=registry)
     if len(labels) == 1:
-        # A counter must exist at 0 before its first event, or `rate` does not see that one.
+        # As `Metrics.begin` does, where that needs nobody's knowledge.
         (values,) = declaration.labels.values()
         for value in values if isinstance(values, tuple) else ():
             metric.labels(value)

@@ -56,11 +56,13 @@ What a crash can lose:
 The ledger, which bills, loses nothing. |
 | shard, and it comes back on the same node | nothing; of a request \
 that it was just counting, maybe some figures. Its counters lie in a small file in `/dev/shm`, \
-which its next life hands on. |
+which its next life hands on within an hour. |
 | shard, and it comes back on another node | at most one interval. |
 | metrics actor | nothing of processes that live: they send their totals again, \
-and `/metrics` waits up to 5 s for them. Of processes that ended since the totals were saved last \
-(every 10 s, and whenever a process is gone), what they pushed since then. |
+and `/metrics` and `/v1/experts` wait up to 8 s for them (with longer push intervals they may \
+show less than before until all have pushed). Of processes that ended since the totals were saved \
+last (every 5 s, and within a second of a process's end), what they pushed since then. Of the \
+infrastructure's cost, nothing that was shown. |
 | Ray's head node without a fault-tolerant control store | all totals of processes that had ended. |
 
 `moonshard stop` forgets the totals; the ledger keeps its own.
@@ -80,6 +82,14 @@ and `/metrics` waits up to 5 s for them. Of processes that ended since the total
   and so is time that no request asked for. Busy time that comes in later than it was spent counts
   in the next seconds. Nodes with shards are component `shards`, all others `router`, which is
   split in the same proportion. On a single node everything is `shards`, from when they are placed.
+  Only the metrics actor counts it, so it is shown as of the last save, 5 s old at most; time in
+  which the actor was away is `idle`, and nodes keep their price while the controller is away, each
+  for up to 10 minutes.
+- `moonshard_shards_live`, `moonshard_shard_up` and `moonshard_node_cost_usd_per_hour` are absent
+  while a controller that has just started does not know all shards yet, `moonshard_table_version`
+  until it has published a table.
+- `moonshard_experts_per_layer`: a token goes to k different ones of n experts, so the balancedness
+  over experts is never below k/n; over shards it is never below 1/n.
 - `moonshard_expert_seconds_total` counts time of shards at the routers, by what asked for it;
   `moonshard_shard_busy_seconds_total` counts the same time at the shards.
 - Windows ("last minute") are up to 10 s longer than they say.
@@ -91,8 +101,8 @@ and `/metrics` waits up to 5 s for them. Of processes that ended since the total
 | `layers` | ids of the MoE layers, as in the checkpoint; the rows of every matrix |
 | `num_experts` | columns of every matrix |
 | `updated_s` | Unix time of the last count |
-| `windows` | `1m`, `10m`, `total`: `[layer][expert]` -> rows computed, those of an engine's \
-warm-up included |
+| `windows` | `1m`, `10m`, `total`: `[layer][expert]` -> rows computed; those of a replica's few \
+warm-up requests included, those of vLLM's profile and dummy runs not |
 | `windows_s` | how long `1m` and `10m` really are, in seconds |
 | `balancedness` | `shards`, `experts` (null while nothing is computed), and `layers`: \
 id -> the same two |

@@ -17,7 +17,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from monitoring.messages import Ack, ClusterView, Counts, ExpertRows, Push, SourceId, Totals
+from monitoring.messages import (
+    Ack,
+    ClusterView,
+    Counts,
+    ExpertRows,
+    Push,
+    SourceId,
+    Totals,
+    longest_silence_s,
+)
 from monitoring.metrics import Metrics
 
 __all__ = ["MetricsPusher", "PushState", "ThreadPusher"]
@@ -141,6 +150,7 @@ class MetricsPusher:
         interval_s: between two messages.
         refresh: called before each message, to bring metrics up to what is counted elsewhere
             (`Metrics.advance`). On a thread of its own.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -150,17 +160,22 @@ class MetricsPusher:
         send: Callable[[Push], Awaitable[Ack]],
         interval_s: float,
         refresh: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = PushState(source, _refreshed(metrics, refresh), interval_s)
         self._send = send
+        self._clock = clock
         self._lock = asyncio.Lock()
         self._log = _Log()
         self._view: ClusterView | None = None
+        self._viewed_s = 0.0
 
     @property
     def view(self) -> ClusterView | None:
-        """The cluster as of the last answer; None before the first."""
-        return self._view
+        """The cluster as of the last answer; None before the first, and when it is so old that
+        the others may be gone."""
+        age_s = self._clock() - self._viewed_s
+        return self._view if age_s <= longest_silence_s(self._state.interval_s) else None
 
     async def run(self) -> None:
         """Push until cancelled."""
@@ -186,7 +201,7 @@ class MetricsPusher:
                 except Exception as error:  # noqa: BLE001 - the process boundary; logged here
                     self._log.failed(error)
                     return False
-                self._view = ack.view
+                self._view, self._viewed_s = ack.view, self._clock()
                 self._log.worked()
                 if not self._state.acknowledged(ack):
                     return True

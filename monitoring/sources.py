@@ -10,12 +10,10 @@ from enum import Enum
 import numpy as np
 
 from monitoring.declaration import Role
-from monitoring.messages import Counts, ExpertRows, Push, SourceId
+from monitoring.messages import Counts, ExpertRows, Push, SourceId, longest_silence_s
 
 __all__ = ["News", "Source", "Sources", "Standing"]
 
-_MIN_SILENCE_S = 10.0
-_SILENT_INTERVALS = 5
 _REMEMBERED_S = 3600.0
 _MAX_FORGOTTEN = 10_000
 
@@ -44,7 +42,7 @@ class Source:
 
     sequence: int
     seen_s: float
-    silence_s: float = _MIN_SILENCE_S
+    silence_s: float = longest_silence_s(0.0)
     counts: Counts = field(default_factory=dict)
     gauges: Mapping[str, Mapping[tuple[str, ...], float]] = field(default_factory=dict)
     experts: ExpertRows | None = None
@@ -77,10 +75,16 @@ class Sources:
     def __init__(self) -> None:
         self._known: dict[SourceId, Source] = {}
         self._forgotten: OrderedDict[SourceId, None] = OrderedDict()
+        self._has_ended = False
 
     def items(self) -> Iterable[tuple[SourceId, Source]]:
         """Those that are remembered."""
         return self._known.items()
+
+    @property
+    def forgotten(self) -> Iterable[SourceId]:
+        """Those of which only the name is kept, oldest first."""
+        return self._forgotten.keys()
 
     def live(self, role: Role | None = None) -> Iterator[tuple[SourceId, Source]]:
         """Those that live, of a role or of all."""
@@ -114,26 +118,35 @@ class Sources:
         """A process has ended; whether it was there."""
         gone = [source for key, source in self.live(role) if key.name == name]
         for source in gone:
-            _end(source)
+            self._end(source)
         return bool(gone)
 
     def expire(self, now_s: float) -> bool:
-        """End those that have fallen silent, forget those gone for long; whether any ended."""
+        """End those that have fallen silent, forget those gone for long.
+
+        Returns:
+            Whether any has ended since the last call, in whichever way.
+        """
         silent = [s for _, s in self.live() if now_s - s.seen_s > s.silence_s]
         for source in silent:
-            _end(source)
+            self._end(source)
         for name, source in list(self._known.items()):
             if not source.is_live and now_s - source.seen_s > _REMEMBERED_S:
                 del self._known[name]
                 self._forgotten[name] = None
         while len(self._forgotten) > _MAX_FORGOTTEN:
             self._forgotten.popitem(last=False)
-        return bool(silent)
+        has_ended, self._has_ended = self._has_ended, False
+        return has_ended
 
     def restore(self, name: SourceId, source: Source) -> None:
         """Know a source of before a restart; it is awaited if it lived."""
         source.is_awaited = source.is_live
         self._known[name] = source
+
+    def restore_forgotten(self, names: Iterable[SourceId]) -> None:
+        """Know the names of those that were forgotten before a restart."""
+        self._forgotten = OrderedDict.fromkeys(names)
 
     @property
     def is_awaiting(self) -> bool:
@@ -155,21 +168,21 @@ class Sources:
         _add_counts(source.counts, growth)
         source.experts = _sum_of_rows(source.experts, rows)
         source.sequence, source.seen_s, source.gauges = push.sequence, now_s, push.gauges
-        source.silence_s = max(_MIN_SILENCE_S, _SILENT_INTERVALS * push.interval_s)
+        source.silence_s = longest_silence_s(push.interval_s)
         source.is_live, source.is_awaited = True, False
         if push.is_last:
-            _end(source)
+            self._end(source)
         return News({}, None, is_history) if is_known else News(growth, rows, is_history)
 
     def _replace_lives_before(self, new: SourceId) -> None:
         """A process that starts anew under the same name is the sign of the other's end."""
         for name, source in self.live(new.role):
             if name.name == new.name and name != new:
-                _end(source)
+                self._end(source)
 
-
-def _end(source: Source) -> None:
-    source.is_live, source.is_awaited, source.gauges = False, False, {}
+    def _end(self, source: Source) -> None:
+        source.is_live, source.is_awaited, source.gauges = False, False, {}
+        self._has_ended = True
 
 
 def _counts_beyond(totals: Counts, known: Counts) -> Counts:

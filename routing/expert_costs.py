@@ -69,10 +69,15 @@ class StepRows:
     num_rows: npt.NDArray[np.int64]
     is_prompt: npt.NDArray[np.bool_]
 
+    @property
+    def total(self) -> int:
+        """Rows of all requests."""
+        return int(self.num_rows.sum())
+
     def per_request(self, per_row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """float64 [num_requests]: the sums of [n]; rows behind the last request's are left out."""
+        """float64 [num_requests]: the sums of [n >= total]; rows behind the last request's are
+        left out."""
         starts = np.cumsum(self.num_rows) - self.num_rows
-        total = int(self.num_rows.sum())
-        if len(starts) == 0 or total > len(per_row):
-            return np.zeros(len(starts))
-        return np.add.reduceat(per_row[:total], starts)
+        if len(starts) == 0:
+            return np.zeros(0)
+        return np.add.reduceat(per_row[: self.total], starts)

@@ -9,7 +9,9 @@ from deployments.accounting.account import (
     RequestAccount,
     current_account,
 )
+from deployments.accounting.cost_waiter import CostWaiter
 from deployments.accounting.metered import metered
+from deployments.accounting.orphan_shipper import OrphanShipper
 from deployments.accounting.reasoning import ReasoningCounter, ReasoningRule, counting
 from deployments.accounting.shipper import Shipper
 
@@ -17,6 +19,8 @@ __all__ = [
     "ACCOUNT_HEADER",
     "Accounts",
     "CallCounter",
+    "CostWaiter",
+    "OrphanShipper",
     "ReasoningCounter",
     "ReasoningRule",
     "RequestAccount",

@@ -9,10 +9,11 @@ from cluster.checkpoint import ExpertCheckpoint
 from cluster.config import MoonshardConfig
 from cluster.exceptions import ConfigError
 from cluster.names import shard_ids
+from deployments.gateway.database_rules import check_database
 from monitoring.prices import PriceError, PriceTable
 from routing.placement import place_experts
 
-__all__ = ["check_model", "check_port", "check_prices"]
+__all__ = ["check_ledger", "check_model", "check_port", "check_prices"]
 
 
 def check_model(config: MoonshardConfig) -> None:
@@ -35,6 +36,19 @@ def check_prices(config: MoonshardConfig) -> None:
         PriceTable.load(config.ledger.prices_path)
     except PriceError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_ledger(config: MoonshardConfig) -> None:
+    """Whether the ingress replicas can share the ledger's database.
+
+    Raises:
+        ConfigError: one line that says what to change.
+    """
+    try:
+        url = config.ledger.database_url
+    except ConfigError:
+        return  # it names a variable that only the nodes may have; the ingress will tell
+    check_database(url, config.http.num_replicas)
 
 
 def check_port(host: str, port: int) -> None:

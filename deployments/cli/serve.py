@@ -15,7 +15,7 @@ from cluster.janitor import Janitor
 from cluster.processes import adopt_orphans, end_descendants
 from deployments.cli.instances import registered
 from deployments.cli.interrupts import Interrupted, catch_interrupts, ignore_interrupts
-from deployments.cli.preflight import check_model, check_port, check_prices
+from deployments.cli.preflight import check_ledger, check_model, check_port, check_prices
 from deployments.cli.serve_file import ServeFile, load_serve_file
 from deployments.gateway.local_peers import check_exposure
 
@@ -43,6 +43,7 @@ def serve_command(path: Path, address: str | None) -> int:
     check_port(file.host, file.port)
     check_model(file.config)
     check_prices(file.config)
+    check_ledger(file.config)
     if not needs_keys:
         _say("no API keys are asked for: programs on this machine may do everything")
     with _ray(file, address) as cluster_address:

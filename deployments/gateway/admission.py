@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.errors import context_length_exceeded, from_engine
+from deployments.errors import ApiError, bad_request, context_length_exceeded, from_engine
 
-__all__ = ["MAX_CHOICES", "Order", "TokenLimits", "order_chat", "order_completion"]
+__all__ = ["MAX_CHOICES", "MAX_SEQUENCES", "Order", "TokenLimits", "order_chat", "order_completion"]
 
 MAX_CHOICES = 128
 """Most choices (`n`) of one request: OpenAI's own limit, and what the engines are started with."""
+
+MAX_SEQUENCES = 128
+"""Most answers of one request, over all its prompts: each takes a place in an engine."""
 
 # Of a tool: `"description":null,"parameters":null,"strict":null`, which the engine adds.
 _TOOL_DEFAULTS_BYTES = 64
@@ -55,9 +58,14 @@ class Order:
     max_tokens: int
 
     @property
+    def num_sequences(self) -> int:
+        """Answers to all prompts together."""
+        return self.num_prompts * self.num_choices
+
+    @property
     def total_tokens(self) -> int:
         """Most tokens of prompts and answers together."""
-        return self.prompt_bound_tokens + self.num_prompts * self.num_choices * self.max_tokens
+        return self.prompt_bound_tokens + self.num_sequences * self.max_tokens
 
 
 def order_chat(
@@ -107,12 +115,17 @@ def order_completion(request: Any, model: str, body_bytes: int, limits: TokenLim
     Raises:
         ApiError: more choices or tokens than there can be.
     """
-    num_prompts = _num_prompts(request.prompt)
+    num_prompts, num_choices = _num_prompts(request.prompt), _checked_choices(request.n)
+    if num_prompts * num_choices > MAX_SEQUENCES:
+        raise bad_request(
+            f"The request asks for more than {MAX_SEQUENCES} answers (prompts x n).",
+            param="prompt" if num_prompts > MAX_SEQUENCES else "n",
+        )
     return Order(
         model=model,
         endpoint="completions",
         num_prompts=num_prompts,
-        num_choices=_checked_choices(request.n),
+        num_choices=num_choices,
         body_bytes=body_bytes,
         # A token id takes a digit and a comma, a token of text a byte; each prompt's quotes or
         # brackets outweigh a control token in front of it.
@@ -178,10 +191,20 @@ def _rewritten_bytes(data: dict[str, Any]) -> int:
             if isinstance(arguments, str):
                 try:
                     arguments = json.loads(arguments)
-                except (ValueError, RecursionError):
+                except ValueError:
                     continue  # stays as it is
-            total += _json_bytes(arguments)
+                except RecursionError:
+                    raise _too_deep() from None
+            try:
+                total += _json_bytes(arguments)
+            except RecursionError:
+                raise _too_deep() from None
     return total
+
+
+def _too_deep() -> ApiError:
+    # Whether it stays as it is depends on how deep the stack is where it is rendered.
+    return bad_request("The arguments of a tool call nest too deep.", param="messages")
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:

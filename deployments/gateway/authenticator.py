@@ -72,13 +72,20 @@ class Authenticator:
         """Who the key is, if that needs no question."""
         return self._cached(self._hash(secret))
 
+    def digest(self, secret: str) -> bytes:
+        """What a key is kept as."""
+        return self._hash(secret)
+
     async def principal(self, secret: str) -> Principal | None:
         """Who the key is; None for a key that is not valid.
 
         Raises:
             LedgerUnavailable: it is not known, and the database does not answer.
         """
-        digest = self._hash(secret)
+        return await self.confirm(self._hash(secret))
+
+    async def confirm(self, digest: bytes) -> Principal | None:
+        """Who the key with this digest is now; see `principal`."""
         if (found := self._cached(digest)) is not None:
             return found
         if self._clock() - self._unknown.get(digest, float("-inf")) <= _MAX_NEGATIVE_AGE_S:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deployments.gateway.access import Access
@@ -22,7 +23,15 @@ from deployments.gateway.throttle import FailureThrottle
 from monitoring.ledger import LedgerUnavailable
 from monitoring.usage import ANONYMOUS, Principal
 
-__all__ = ["Door"]
+__all__ = ["Caller", "Door"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and the hash of the key that says so; None without keys."""
+
+    principal: Principal
+    digest: bytes | None = None
 
 
 class Door:
@@ -43,7 +52,7 @@ class Door:
         self._authenticator = authenticator
         self._throttle = FailureThrottle(max_auth_failures, clock)
 
-    async def identify(self, scope: Mapping[str, Any], access: Access) -> Principal | None:
+    async def identify(self, scope: Mapping[str, Any], access: Access) -> Caller | None:
         """Who asks; None where everybody may.
 
         Args:
@@ -61,15 +70,33 @@ class Door:
         if self._authenticator is None:
             if why := why_not_local(address, scope["headers"]):
                 raise keyless_stranger(why)
-            return ANONYMOUS
-        principal = await self._by_key(self._authenticator, address or "", scope["headers"])
-        if access is not Access.KEY and not principal.is_admin:
+            return Caller(ANONYMOUS)
+        caller = await self._by_key(self._authenticator, address or "", scope["headers"])
+        if access is not Access.KEY and not caller.principal.is_admin:
             raise forbidden()
-        return principal
+        return caller
+
+    async def confirm(self, digest: bytes | None) -> None:
+        """Whether a key still holds that was let in before.
+
+        Args:
+            digest: `Caller.digest`.
+
+        Raises:
+            Refusal: it does not, or nobody can tell.
+        """
+        if self._authenticator is None or digest is None:
+            return
+        try:
+            principal = await self._authenticator.confirm(digest)
+        except LedgerUnavailable:
+            raise ledger_unavailable() from None
+        if principal is None:
+            raise invalid_key()
 
     async def _by_key(
         self, authenticator: Authenticator, address: str, headers: list[tuple[bytes, bytes]]
-    ) -> Principal:
+    ) -> Caller:
         try:
             secret = read_secret(headers)
         except InvalidCredential:
@@ -77,7 +104,7 @@ class Door:
         if secret is None:
             raise missing_key()
         if (known := authenticator.known(secret)) is not None:
-            return known
+            return Caller(known, authenticator.digest(secret))
         if wait_s := self._throttle.wait_s(address):
             raise too_many_auth_failures(wait_s)
         try:
@@ -86,7 +113,7 @@ class Door:
             raise ledger_unavailable() from None
         if principal is None:
             raise self._wrong_key(address)
-        return principal
+        return Caller(principal, authenticator.digest(secret))
 
     def _wrong_key(self, address: str) -> Exception:
         if wait_s := self._throttle.wait_s(address):

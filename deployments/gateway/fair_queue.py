@@ -4,8 +4,11 @@ After Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): eve
 counter of the tokens it was served, divided by its weight; a free place goes to the waiting team
 whose counter is lowest. So teams that always have something waiting are served tokens in the ratio
 of their weights, whatever the size and number of their requests. A team that begins to wait is
-lifted to the lowest counter of those that wait already: time in which it asked for nothing earns
-it nothing.
+lifted to the lowest counter of those that wait already, or else of those that run: time in which
+it asked for nothing earns it nothing.
+
+A request takes as many places as it has answers. While the first in line waits for enough of them,
+others may start in those that it leaves over.
 
 Tokens served are prompt tokens that were computed (those from the prefix cache cost nearly
 nothing) and generated tokens, at one and the same weight: it is what the split is stated in.
@@ -37,11 +40,12 @@ class QueueClosed(Exception):
 class _Team:
     """Attributes:
     counter: tokens served so far by weight, plus what running requests are charged for.
+    num_taken: places of its requests that run.
     """
 
     name: str
     counter: float = 0.0
-    num_running: int = 0
+    num_taken: int = 0
     waiting: deque[_Waiter] = field(default_factory=deque)
 
 
@@ -49,15 +53,19 @@ class _Team:
 class _Waiter:
     weight: float
     expected_tokens: float
+    num_places: int
     place: asyncio.Future[Ticket]
 
 
 class Ticket:
-    """A place at the routers. Ends with `release`; also usable as a context."""
+    """Places of one request at the routers. Ends with `release`; also usable as a context."""
 
-    def __init__(self, queue: FairQueue, team: _Team, weight: float, charged: float) -> None:
+    def __init__(
+        self, queue: FairQueue, team: _Team, weight: float, charged: float, num_places: int
+    ) -> None:
         self._queue = queue
         self._team = team
+        self._num_places = num_places
         self._weight = weight
         self._charged = charged
         self._served = 0.0
@@ -81,7 +89,7 @@ class Ticket:
             return
         self._is_held = False
         self._team.counter -= (self._charged - self._served) / self._weight
-        self._queue._released(self._team)
+        self._queue._released(self._team, self._num_places)
 
     def __enter__(self) -> Ticket:
         return self
@@ -94,7 +102,7 @@ class FairQueue:
     """Where requests wait for a place at the routers. For one event loop.
 
     Args:
-        capacity: places, i.e. requests that the routers take at once.
+        capacity: places, i.e. answers that the routers generate at once.
         reserved_share: share of the places that a single team may not fill.
         max_queued: most requests that wait.
         timeout_s: longest wait.
@@ -109,8 +117,9 @@ class FairQueue:
         self._timeout_s = timeout_s
         self._teams: dict[str, _Team] = {}
         self._num_running = 0
+        self._num_taken = 0
         self._num_queued = 0
-        self._last_counter = 0.0
+        self._last_started = _Team("")
         self._is_closed = False
 
     @property
@@ -137,13 +146,16 @@ class FairQueue:
             team.waiting.clear()
         self._num_queued = 0
 
-    async def acquire(self, team: str, weight: float, expected_tokens: float) -> Ticket:
-        """Wait for a place.
+    async def acquire(
+        self, team: str, weight: float, expected_tokens: float, num_places: int = 1
+    ) -> Ticket:
+        """Wait for a place, or for several at once.
 
         Args:
             team: whose request it is.
             weight: the team's; with twice the weight it is served twice the tokens.
             expected_tokens: what the request will probably use.
+            num_places: how many it takes; at most as many as a team may have.
 
         Raises:
             QueueFull: too many wait.
@@ -153,7 +165,7 @@ class FairQueue:
         if self._is_closed:
             raise QueueClosed
         place: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(weight, expected_tokens, place)
+        waiter = _Waiter(weight, expected_tokens, num_places, place)
         self._enqueue(team, waiter)
         self._dispatch()
         if not place.done() and self._num_queued > self._max_queued:
@@ -173,32 +185,59 @@ class FairQueue:
         if team is None:
             team = self._teams[name] = _Team(name)
         if not team.waiting:
-            waiting = [other.counter for other in self._teams.values() if other.waiting]
-            team.counter = max(team.counter, min(waiting, default=self._last_counter))
+            team.counter = max(team.counter, self._floor(team))
         team.waiting.append(waiter)
         self._num_queued += 1
 
+    def _floor(self, newcomer: _Team) -> float:
+        """The counter below which nobody begins to wait."""
+        others = [team for team in self._teams.values() if team is not newcomer]
+        waiting = [team.counter for team in others if team.waiting]
+        running = [team.counter for team in others if team.num_taken]
+        return min(waiting or running, default=self._last_started.counter)
+
     def _dispatch(self) -> None:
         """Fill the free places."""
-        while self._num_queued and self._num_running < self._capacity:
+        while self._num_queued and self._num_taken < self._capacity:
             limit = self._team_limit()
-            candidates = [
-                team for team in self._teams.values() if team.waiting and team.num_running < limit
-            ]
-            if not candidates:
+            candidates = sorted(
+                (
+                    team
+                    for team in self._teams.values()
+                    if team.waiting and team.num_taken + self._size(team) <= limit
+                ),
+                key=lambda team: team.counter,
+            )
+            team = next((team for team in candidates if self._fits(team, candidates[0])), None)
+            if team is None:
                 return
-            self._start(min(candidates, key=lambda team: team.counter))
+            self._start(team)
+
+    def _size(self, team: _Team) -> int:
+        """Places of the team's next request."""
+        return min(team.waiting[0].num_places, self._team_limit())
+
+    def _fits(self, team: _Team, first: _Team) -> bool:
+        """Whether the team's next request may start and not delay the first in line."""
+        num_free = self._capacity - self._num_taken
+        if team is not first:
+            left_over = self._capacity - self._size(first)
+            num_free = min(num_free, left_over - (self._num_taken - first.num_taken))
+        return self._size(team) <= num_free
 
     def _start(self, team: _Team) -> None:
+        num_places = self._size(team)
         waiter = team.waiting.popleft()
         self._num_queued -= 1
         if waiter.place.done():
             return  # given up just now
-        self._last_counter = team.counter
+        self._last_started = team
         team.counter += waiter.expected_tokens / waiter.weight
-        team.num_running += 1
+        team.num_taken += num_places
+        self._num_taken += num_places
         self._num_running += 1
-        waiter.place.set_result(Ticket(self, team, waiter.weight, waiter.expected_tokens))
+        ticket = Ticket(self, team, waiter.weight, waiter.expected_tokens, num_places)
+        waiter.place.set_result(ticket)
 
     def _team_limit(self) -> int:
         return max(1, self._capacity - int(self._capacity * self._reserved_share))
@@ -226,15 +265,16 @@ class FairQueue:
         # With the waiter another team may now be first in line.
         self._dispatch()
 
-    def _released(self, team: _Team) -> None:
-        team.num_running -= 1
+    def _released(self, team: _Team, num_places: int) -> None:
+        team.num_taken -= num_places
+        self._num_taken -= num_places
         self._num_running -= 1
         self._dispatch()
         self._forget_idle(team)
 
     def _forget_idle(self, team: _Team) -> None:
         # One that is behind the others is lifted when it comes back: its counter says nothing.
-        if not team.waiting and not team.num_running and team.counter <= self._last_counter:
+        if not team.waiting and not team.num_taken and team.counter <= self._floor(team):
             self._teams.pop(team.name, None)
 
 

@@ -7,11 +7,13 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.config import MoonshardConfig
+from deployments.errors import bad_request
 from deployments.gateway.admission import Order
 from deployments.gateway.authenticator import Authenticator
+from deployments.gateway.database_rules import check_database
 from deployments.gateway.door import Door
 from deployments.gateway.fair_queue import (
     FairQueue,
@@ -30,9 +32,11 @@ from deployments.gateway.telemetry import Telemetry
 from monitoring.ledger import (
     Admission,
     AdmissionRequest,
+    BudgetState,
     Ledger,
     LedgerUnavailable,
     LimitExceeded,
+    TooManyRowsError,
     UsageQuery,
     UsageRow,
     hash_secret,
@@ -46,11 +50,15 @@ __all__ = ["Gateway"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _ADMIT_TIMEOUT_S = 4.0
 _KEYS_TIMEOUT_S = 3.0
+_BUDGETS_TIMEOUT_S = 10.0
 _TIDY_TIMEOUT_S = 10.0
 _SETTLE_TIMEOUT_S = 15.0
 _REPORT_TIMEOUT_S = 30.0
+_MAX_REPORT_ROWS = 100_000
 _OPEN_TIMEOUT_S = 60.0
 _BUDGETS_INTERVAL_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
@@ -80,7 +88,7 @@ class Gateway:
     ) -> None:
         self._config = config
         self._ledger = ledger
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(config.model.id)
         self._calls = LedgerCalls(self.telemetry.ledger_failed)
         self._settlement = Settlement(ledger, self.telemetry)
         self._soft_budgets = SoftBudgets()
@@ -110,7 +118,6 @@ class Gateway:
             else None
         )
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._is_closing = False
 
     @classmethod
     async def open(
@@ -126,6 +133,7 @@ class Gateway:
         """
         prices = PriceTable.load(config.ledger.prices_path)
         url = config.ledger.database_url
+        check_database(url, config.http.num_replicas)
         calls = LedgerCalls(lambda: None)
         try:
             ledger = await calls.run("requests", lambda: Ledger.open(url, prices), _OPEN_TIMEOUT_S)
@@ -146,7 +154,6 @@ class Gateway:
     async def close(self) -> None:
         """Send away who waits, hand on what was counted, and end."""
         self.queue.close()
-        self._is_closing = True
         await asyncio.sleep(0)  # who was sent away now cancels what was set aside
         if tidying := {task for task in self._tasks if task.get_name() == _TIDYING}:
             await asyncio.wait(tidying, timeout=_CLOSE_TIMEOUT_S)
@@ -168,9 +175,10 @@ class Gateway:
         """Count a refusal."""
         self.telemetry.rejected(reason)
 
-    def arrived(self, principal: Principal) -> Passage:
+    def arrived(self, principal: Principal, digest: bytes | None = None) -> Passage:
         """A request begins its way through."""
-        return Passage(self, principal)
+        self.telemetry.arrived(principal.team)
+        return Passage(self, principal, digest)
 
     async def record_usage(self, lines: Sequence[str]) -> int:
         """Write usage records of the routers down; how many were new.
@@ -182,16 +190,23 @@ class Gateway:
             "requests", lambda: self._settlement.record(lines), _SETTLE_TIMEOUT_S
         )
 
-    async def usage(self, query: UsageQuery) -> list[UsageRow]:
-        """Sums of usage.
+    async def usage(self, query: UsageQuery, build: Callable[[list[UsageRow]], T]) -> T:
+        """What `build` makes of sums of usage, on a thread.
 
         Raises:
             Refusal: the database does not answer.
+            ApiError: the report is too long.
         """
         try:
             return await self._calls.run(
-                "reports", lambda: self._ledger.usage(query), _REPORT_TIMEOUT_S
+                "reports",
+                lambda: build(self._ledger.usage(query, _MAX_REPORT_ROWS)),
+                _REPORT_TIMEOUT_S,
             )
+        except TooManyRowsError:
+            raise bad_request(
+                f"The report has more than {_MAX_REPORT_ROWS} rows: narrow it, or group by less."
+            ) from None
         except LedgerUnavailable:
             raise ledger_unavailable() from None
 
@@ -199,8 +214,8 @@ class Gateway:
 
     async def reserve(
         self, request_id: str, principal: Principal, order: Order, answer_headers: dict[str, str]
-    ) -> None:
-        """Set aside what a request may cost.
+    ) -> bool:
+        """Set aside what a request may cost; whether its owners' open requests are limited.
 
         Raises:
             Refusal: a limit, or the database is away.
@@ -241,16 +256,19 @@ class Gateway:
         answer_headers |= rate_headers(admission.limits)
         if admission.soft_exceeded:
             answer_headers["x-moonshard-budget-exceeded"] = "true"
+        return admission.is_parallel_limited
 
     async def place(self, team: str, order: Order) -> Ticket:
-        """Wait for a place at the routers.
+        """Wait for a place at the routers, for each of its answers.
 
         Raises:
             Refusal: too many wait, or for too long.
         """
         expected = min(order.total_tokens, self._mean_tokens)
         try:
-            ticket = await self.queue.acquire(team, self._weights.get(team, 1.0), expected)
+            ticket = await self.queue.acquire(
+                team, self._weights.get(team, 1.0), expected, order.num_sequences
+            )
         except (QueueFull, QueueClosed):
             raise overloaded("queue_full") from None
         except QueueTimeout:
@@ -270,21 +288,31 @@ class Gateway:
         """Set aside no more for the prompt than it has; in the background."""
         self._tidy(lambda: self._ledger.tighten(request_id, num_prompt_tokens))
 
-    def cancel(self, request_id: str, delay_s: float = 0.0) -> None:
-        """Set nothing aside any more, unless the request is settled by then; in the background."""
-        self._tidy(lambda: self._ledger.cancel(request_id), delay_s)
+    def cancel(self, request_id: str) -> None:
+        """Set nothing aside any more; in the background."""
+        self._tidy(lambda: self._ledger.cancel(request_id))
 
-    def _tidy(self, call: Callable[[], None], delay_s: float = 0.0) -> None:
+    def leave(self, request_id: str) -> asyncio.Task[None]:
+        """Count it among the open requests no more; in the background."""
+        return self._tidy(lambda: self._ledger.end(request_id))
+
+    async def confirm(self, digest: bytes | None) -> None:
+        """Whether a key still holds.
+
+        Raises:
+            Refusal: it does not, or nobody can tell.
+        """
+        await self.door.confirm(digest)
+
+    def _tidy(self, call: Callable[[], None]) -> asyncio.Task[None]:
         async def tidy() -> None:
-            await asyncio.sleep(delay_s)
             try:
                 await self._calls.run("requests", call, _TIDY_TIMEOUT_S)
             except LedgerUnavailable:
                 # Too much stays set aside, until the request's record comes or it expires.
                 logger.warning("a reservation could not be changed: the database is away")
 
-        if not (self._is_closing and delay_s):
-            self._spawn(tidy(), "tidying later" if delay_s else _TIDYING)
+        return self._spawn(tidy(), _TIDYING)
 
     async def _lookup(self, hashes: Sequence[bytes]) -> dict[bytes, Principal]:
         return await self._calls.run(
@@ -294,8 +322,10 @@ class Gateway:
     async def _watch_budgets(self) -> None:
         while True:
             try:
-                states = await self._calls.run("keys", self._ledger.budgets, _KEYS_TIMEOUT_S)
-                teams = await self._calls.run("keys", self._ledger.teams.list, _KEYS_TIMEOUT_S)
+                states = await self._calls.run("budgets", self._read_budgets, _BUDGETS_TIMEOUT_S)
+                teams = await self._calls.run(
+                    "budgets", self._ledger.teams.list, _BUDGETS_TIMEOUT_S
+                )
             except LedgerUnavailable as error:
                 logger.warning("budgets cannot be read right now: %s", error)
             except Exception:
@@ -305,7 +335,12 @@ class Gateway:
                 self.telemetry.budgets(states)
                 self._soft_budgets.report(states, time.time())
                 self._weights = {team.name: team.limits.weight for team in teams}
+                self.telemetry.teams(self._weights)
             await asyncio.sleep(_BUDGETS_INTERVAL_S)
+
+    def _read_budgets(self) -> list[BudgetState]:
+        self._ledger.clean_up()
+        return self._ledger.budgets()
 
     async def _follow_cluster(self) -> None:
         assert self._pusher is not None
@@ -319,10 +354,11 @@ class Gateway:
     def _note_places(self) -> None:
         self.telemetry.places(self.queue.num_queued, self.queue.num_running)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

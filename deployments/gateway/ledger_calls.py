@@ -13,11 +13,11 @@ __all__ = ["Lane", "LedgerCalls"]
 
 T = TypeVar("T")
 
-Lane = Literal["keys", "requests", "reports"]
+Lane = Literal["keys", "requests", "reports", "budgets"]
 """What must not wait for what: keys are confirmed while requests are admitted and settled, and
-neither waits for somebody's report over a year."""
+neither waits for somebody's report over a year, or for the sums of all budgets."""
 
-_NUM_THREADS: dict[Lane, int] = {"keys": 1, "requests": 4, "reports": 1}
+_NUM_THREADS: dict[Lane, int] = {"keys": 1, "requests": 4, "reports": 1, "budgets": 1}
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 0.5
 

@@ -36,8 +36,9 @@ class Entrance(Protocol):
 class GatewayMiddleware:
     """Identifies the caller, and takes the credentials out of the request.
 
-    What the application finds in `request.state`: `principal` (None on open routes) and
-    `answer_headers`, a dict whose entries are added to the answer, whatever answers.
+    What the application finds in `request.state`: `principal` (None on open routes),
+    `key_digest` (None there, and without keys), and `answer_headers`, a dict whose entries are
+    added to the answer, whatever answers.
 
     Args:
         app: the rest.
@@ -63,14 +64,15 @@ class GatewayMiddleware:
         answer = _adding(answer_headers, send)
         try:
             access = access_to(scope["app"].router.routes, scope)
-            principal = await entrance.door.identify(scope, access)
+            caller = await entrance.door.identify(scope, access)
         except Refusal as refusal:
             entrance.rejected(refusal.reason)
             await error_response(refusal)(scope, receive, answer)
             return
         state = {
             **scope.get("state", {}),
-            "principal": principal,
+            "principal": caller and caller.principal,
+            "key_digest": caller and caller.digest,
             "answer_headers": answer_headers,
         }
         await self._app({**scope, "headers": headers, "state": state}, receive, answer)

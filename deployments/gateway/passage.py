@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
@@ -19,8 +20,7 @@ Ending = Literal["ok", "client_error", "rejected", "client_closed", "server_erro
 """How a request ended; label of `moonshard_requests_total`."""
 
 _UNKNOWN_MODEL = "unknown"
-# Router replicas see an answer that is given up to its last token within 30 s, and then ship.
-_SETTLING_S = 60.0
+_LEAVE_TIMEOUT_S = 2.0
 
 
 class Desk(Protocol):
@@ -30,8 +30,8 @@ class Desk(Protocol):
 
     async def reserve(
         self, request_id: str, principal: Principal, order: Order, answer_headers: dict[str, str]
-    ) -> None:
-        """Set aside what it may cost; raises `Refusal`."""
+    ) -> bool:
+        """Set aside what it may cost, and whether open requests are limited; raises `Refusal`."""
 
     async def place(self, team: str, order: Order) -> Ticket:
         """Wait for a place at the routers; raises `Refusal`."""
@@ -42,8 +42,14 @@ class Desk(Protocol):
     def tighten(self, request_id: str, num_prompt_tokens: int) -> None:
         """Set aside no more for the prompt than it has."""
 
-    def cancel(self, request_id: str, delay_s: float = 0.0) -> None:
-        """Set nothing aside any more, unless the request is settled by then."""
+    def cancel(self, request_id: str) -> None:
+        """Set nothing aside any more."""
+
+    def leave(self, request_id: str) -> asyncio.Task[None]:
+        """Count it among the open requests no more; done when that is written down."""
+
+    async def confirm(self, digest: bytes | None) -> None:
+        """Whether a key still holds; raises `Refusal`."""
 
 
 class Passage:
@@ -52,16 +58,22 @@ class Passage:
     Args:
         desk: the gateway.
         principal: who asks.
+        digest: hash of the key; None without keys.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, desk: Desk, principal: Principal, clock: Callable[[], float] = time.monotonic
+        self,
+        desk: Desk,
+        principal: Principal,
+        digest: bytes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Ours, not the client's: two requests must never count as one.
         self.request_id = uuid.uuid4().hex
         self.principal = principal
         self._desk = desk
+        self._digest = digest
         self._clock = clock
         self._arrived_at = clock()
         self._order: Order | None = None
@@ -69,7 +81,8 @@ class Passage:
         self._count = TokenCount()
         self._counted_at: float | None = None
         self._is_tightened = False
-        self._has_answer = False
+        self._is_parallel_limited = False
+        self._leaving: asyncio.Task[None] | None = None
         self._is_over = False
 
     @property
@@ -93,18 +106,34 @@ class Passage:
             Refusal: a limit, an overload, or the database is away.
         """
         self._order = order
-        await self._desk.reserve(self.request_id, self.principal, order, answer_headers)
+        self._is_parallel_limited = await self._desk.reserve(
+            self.request_id, self.principal, order, answer_headers
+        )
         waiting_since = self._clock()
         try:
             self._ticket = await self._desk.place(self.principal.team, order)
+            await self.confirm()  # the wait may have been long
         except BaseException:
             self._desk.cancel(self.request_id)
             raise
         self._desk.telemetry.queued(order.model, self._clock() - waiting_since)
 
+    async def confirm(self) -> None:
+        """Whether the key still holds.
+
+        Raises:
+            Refusal: it does not, or the database is away.
+        """
+        await self._desk.confirm(self._digest)
+
+    async def leave(self) -> None:
+        """Before the last byte: whoever has the whole answer may ask again at once."""
+        self._start_leaving()
+        if self._leaving is not None:
+            await asyncio.wait({self._leaving}, timeout=_LEAVE_TIMEOUT_S)
+
     def take(self, item: Any) -> Any:
         """An item of the router's without the count that came with it; None for a count alone."""
-        self._has_answer = True
         if isinstance(item, TokenCount):
             self._counted(item, is_stream=False)
             return None
@@ -124,20 +153,26 @@ class Passage:
         self._is_over = True
         if self._ticket is not None:
             self._desk.returned(self._ticket)
+            # Else a router may have it, and its record may be late by as long as an outage lasts:
+            # until it comes, or the reservation's own time is over, the money stays set aside.
             if not was_sent:
                 self._desk.cancel(self.request_id)
-            elif not self._has_answer:
-                # Nobody knows whether a router has it. If so, its record settles it before this.
-                self._desk.cancel(self.request_id, _SETTLING_S)
+        self._start_leaving()
         model = self._order.model if self._order else _UNKNOWN_MODEL
         duration_s = self._clock() - self._arrived_at
         self._desk.telemetry.ended(model, self.principal.team, ending, duration_s)
+
+    def _start_leaving(self) -> None:
+        if self._is_parallel_limited and self._leaving is None:
+            self._leaving = self._desk.leave(self.request_id)
 
     def _counted(self, count: TokenCount, *, is_stream: bool) -> None:
         before, self._count = self._count, count
         if self._ticket is not None:
             self._ticket.served(_computed(count) - _computed(before))
-        if count.prompt and not self._is_tightened:
+        # Prompts are counted each at its own first token: of several, some may still be missing.
+        is_whole = self._order is not None and self._order.num_prompts == 1
+        if count.prompt and is_whole and not self._is_tightened:
             self._is_tightened = True
             self._desk.tighten(self.request_id, count.prompt)
         if is_stream:
@@ -151,7 +186,7 @@ class Passage:
             self._counted_at = now
         elif num_new > 0:
             # Choices are generated side by side: each has a token in the time of one.
-            num_parallel = self._order.num_prompts * self._order.num_choices
+            num_parallel = self._order.num_sequences
             gap_s = (now - self._counted_at) * num_parallel / num_new
             telemetry.next_tokens(model, num_new, gap_s)
             self._counted_at = now

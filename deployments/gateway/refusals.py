@@ -129,7 +129,7 @@ def ledger_unavailable() -> Refusal:
 
 
 def overloaded(reason: str) -> Refusal:
-    """503 for a request that found no place at the routers.
+    """503 for a request that found no place at the routers, or no room for its body.
 
     Args:
         reason: "queue_full" or "queue_timeout".

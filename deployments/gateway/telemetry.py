@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from monitoring.declaration import MAX_TEAMS
 from monitoring.ledger import BudgetState, Settled
 from monitoring.metrics import Metrics
 from monitoring.prices import NANO_USD_PER_USD
@@ -11,14 +12,44 @@ from monitoring.prices import NANO_USD_PER_USD
 __all__ = ["Telemetry"]
 
 _MAX_OBSERVATIONS = 64
+_BY_TEAM = ("requests", "tokens", "cost_usd")
+_BY_MODEL = (
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+)
 
 
 class Telemetry:
-    """Turns events into `Metrics("gateway")`."""
+    """Turns events into `Metrics("gateway")`.
 
-    def __init__(self) -> None:
+    Args:
+        model: that is served.
+    """
+
+    def __init__(self, model: str) -> None:
         self.metrics = Metrics("gateway")
+        self._model = model
         self._budgets: set[tuple[str, str]] = set()
+        self._teams: set[str] = set()
+        for name in _BY_MODEL:
+            self.metrics.begin(name, model=model)
+
+    def arrived(self, team: str) -> None:
+        """A request of a team has come: from here on all that may become of it has series."""
+        label = self.metrics.team_label(team)
+        if label not in self._teams:
+            self._teams.add(label)
+            for name in _BY_TEAM:
+                self.metrics.begin(name, model=self._model, team=label)
+
+    def teams(self, names: Collection[str]) -> None:
+        """These teams are known: a scrape should see their series before their first request."""
+        if len(names) > MAX_TEAMS:
+            return  # then the labels are for those that ask
+        for name in names:
+            self.arrived(name)
 
     def rejected(self, reason: str) -> None:
         """A request was refused."""

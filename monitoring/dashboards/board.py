@@ -9,9 +9,10 @@ __all__ = ["Board", "Kind", "Need", "Panel", "Query", "Row", "Steps", "Variable"
 
 Kind = Literal["timeseries", "stat", "table", "bargauge"]
 
-Need = Literal["", "rejection", "failure", "budget", "prices", "gpu", "rules"]
+Need = Literal["", "rejection", "failure", "budget", "prices", "gpu", "prefix cache", "rules"]
 """What must have happened before a query returns anything, beyond some traffic: a refused request,
-a failure of some part, a budget, prices of nodes, a GPU, recording rules that were evaluated."""
+a failure of some part, a budget, prices of nodes, a GPU, a prefix cache (vLLM has none for MLA on
+CPUs without AMX), recording rules that were evaluated."""
 
 Steps = tuple[tuple[float | None, str], ...]
 """Thresholds: (from this value on, colour); the first value is None."""

@@ -9,6 +9,9 @@ __all__ = ["BOARD"]
 
 _BALANCE_STEPS = ((None, "red"), (0.4, "orange"), (0.7, "green"))
 _OK_OR_NOT = ((None, "green"), (1, "red"))
+_EXPERTS_PER_TOKEN = ratio(
+    rate("moonshard_shard_expert_rows_total"), rate("moonshard_dispatch_rows_total")
+)
 
 
 def _per_shard(
@@ -93,10 +96,18 @@ _BALANCE = Row(
     (
         Panel(
             "Balancedness",
-            "Mean over layers of mean/max load, over shards and over experts: 1 is even.",
+            "Mean over layers of mean/max load, over shards and over experts: 1 is even. The "
+            "lowest that there can be: all on one shard, and the same experts for every token.",
             "timeseries",
             "percentunit",
-            (Query("max by (over) (moonshard_balancedness)", "over {{over}}"),),
+            (
+                Query("max by (over) (moonshard_balancedness)", "over {{over}}"),
+                Query("1 / (max(moonshard_shards_live) > 0)", "lowest over shards"),
+                Query(
+                    f"{_EXPERTS_PER_TOKEN} / max(moonshard_experts_per_layer)",
+                    "lowest over experts",
+                ),
+            ),
             max=1,
         ),
         Panel(

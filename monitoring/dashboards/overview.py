@@ -263,6 +263,7 @@ _ENGINE = Row(
                         "model_name",
                     ),
                     "{{model_name}}",
+                    "prefix cache",
                 ),
             ),
             max=1,

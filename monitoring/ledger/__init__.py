@@ -10,6 +10,7 @@ from monitoring.ledger.exceptions import (
     LedgerUnavailable,
     LimitExceeded,
     RefusalReason,
+    TooManyRowsError,
     UnknownEntryError,
 )
 from monitoring.ledger.keys import KeyInfo, KeyStore, hash_secret
@@ -37,6 +38,7 @@ __all__ = [
     "Settled",
     "Team",
     "TeamStore",
+    "TooManyRowsError",
     "UnknownEntryError",
     "UsageQuery",
     "UsageRow",

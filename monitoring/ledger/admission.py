@@ -25,6 +25,7 @@ __all__ = ["Admission", "AdmissionRequest", "Admitter", "PriceList"]
 logger = logging.getLogger(__name__)
 
 _CLEANUP_INTERVAL_S = 5.0
+_HARD_HOLD_S = 86_400.0
 _MAX_UNPRICED = 1000
 _ADJECTIVE = {"day": "daily", "week": "weekly", "month": "monthly", "total": "total"}
 
@@ -44,7 +45,8 @@ class AdmissionRequest:
         prompt_bound_tokens: upper bound of the tokens of all prompts together.
         max_tokens: longest answer, of each choice.
         expires_at_s: Unix time at which the reservation may be dropped if nobody settles it; must
-            lie behind the latest end of the request.
+            lie behind the latest end of the request. What was set aside of a hard budget stays so
+            for a day longer: the record may still be on its way.
     """
 
     request_id: str
@@ -70,10 +72,12 @@ class Admission:
 
     Attributes:
         soft_exceeded: a budget that only reports is exceeded.
+        is_parallel_limited: it counts as an open request until `Ledger.end`.
         limits: for the response's headers.
     """
 
     soft_exceeded: bool = False
+    is_parallel_limited: bool = False
     limits: RateLimits = field(default_factory=RateLimits)
 
 
@@ -155,6 +159,7 @@ class Admitter:
     def _try(self, request: AdmissionRequest, owners: tuple[Owner, ...]) -> Admission:
         now_s = self._clock()
         reservation = _reservation(request, owners, self._prices.find(request.model, now_s), now_s)
+        is_parallel_limited = any(owner.limits.max_parallel is not None for owner in owners)
         payers = [owner for owner in owners if owner.limits.budget_nano_usd is not None]
         for owner in payers:
             self._budgets.ensure(owner.scope, owner.name, owner.limits, now_s)
@@ -167,13 +172,13 @@ class Admitter:
             limits = self._rates.take(connection, owners, tokens, now_s)
             if not self._reservations.add(connection, reservation):
                 raise _AlreadyAdmitted
-            return Admission(any(exceeded), limits)
+            return Admission(any(exceeded), is_parallel_limited, limits)
 
         try:
             return self._database.write(reserve)
         except _AlreadyAdmitted:
             limits = self._database.read(lambda c: self._rates.peek(c, owners, now_s))
-            return Admission(limits=limits)
+            return Admission(False, is_parallel_limited, limits)
 
     def _reserve_money(
         self,
@@ -210,6 +215,7 @@ def _reservation(
         for owner in owners
         if owner.limits.budget_nano_usd is not None
     }
+    is_hard = any(owner.scope in periods and owner.limits.is_hard for owner in owners)
     prompt_tokens = request.num_choices * request.prompt_bound_tokens
     completion_tokens = request.num_prompts * request.num_choices * request.max_tokens
     completion_nano_usd = completion_tokens * price.output_nano_usd
@@ -220,6 +226,7 @@ def _reservation(
         team=request.principal.team,
         admitted_s=now_s,
         expires_s=request.expires_at_s,
+        held_until_s=request.expires_at_s + (_HARD_HOLD_S if is_hard else 0.0),
         reserved_nano_usd=_bounded(money),
         reserved_tokens=_bounded(prompt_tokens + completion_tokens),
         input_nano_usd=price.input_nano_usd,

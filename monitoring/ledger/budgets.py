@@ -103,6 +103,8 @@ class BudgetRows:
         def create(connection: Connection) -> None:
             self._database.allow_slow(connection, _SUM_LIMIT_S)
             self._database.lock_totals(connection, exclusive=True)
+            if connection.execute(exists).first() is not None:
+                return  # whoever held the lock has made it
             row = {
                 "scope": scope,
                 "name": name,

@@ -200,7 +200,10 @@ def _sqlite_engine(url: URL) -> Engine:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Made here and not by SQLite, which would leave it readable for everyone. Its WAL takes
         # on the same mode.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        # Only if it is not there: closing it again would drop the locks that SQLite has on it
+        # for another connection of this process.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as error:
         raise LedgerError(
             f"cannot make the ledger's file {path}: {error.strerror}; set ledger.url or "

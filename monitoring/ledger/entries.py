@@ -10,7 +10,7 @@ from monitoring.ledger.limits import Limits
 __all__ = ["checked_limits", "checked_name", "checked_time"]
 
 _MAX_NAME = 64
-_MAX_TIME_S = 2**40  # far in the future, and still a date
+_MAX_TIME_S = 253_402_300_799  # the last second of the year 9999: the last date there is
 
 
 def checked_name(what: str, text: str) -> str:
@@ -43,11 +43,13 @@ def checked_limits(limits: Limits) -> Limits:
 
 
 def checked_time(what: str, at_s: float, now_s: float) -> float:
-    """A Unix time, if it lies in the future.
+    """A Unix time, if it lies in the future and is a date.
 
     Raises:
         InvalidEntryError: it does not.
     """
-    if not math.isfinite(at_s) or not now_s < at_s < _MAX_TIME_S:
-        raise InvalidEntryError(f"{what}: must be a time in the future, got {at_s!r}")
+    if not math.isfinite(at_s) or not now_s < at_s <= _MAX_TIME_S:
+        raise InvalidEntryError(
+            f"{what}: must lie in the future and before the year 10000, got {at_s!r}"
+        )
     return float(at_s)

@@ -5,6 +5,7 @@ LedgerError              the database cannot be used as it is set up; says what 
 ├── LimitExceeded        a request was refused: budget or rate
 ├── InvalidEntryError    a name, a limit or a date that cannot be stored
 ├── UnknownEntryError    no such key or team
+├── TooManyRowsError     a report is too long
 └── BootstrapError       there is an administrator's key already
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "LedgerUnavailable",
     "LimitExceeded",
     "RefusalReason",
+    "TooManyRowsError",
     "UnknownEntryError",
 ]
 
@@ -68,6 +70,10 @@ class InvalidEntryError(LedgerError, ValueError):
 
 class UnknownEntryError(LedgerError, LookupError):
     """There is no such key or team."""
+
+
+class TooManyRowsError(LedgerError):
+    """A report is longer than its reader takes."""
 
 
 class BootstrapError(LedgerError):

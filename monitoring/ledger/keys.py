@@ -119,8 +119,8 @@ class KeyStore:
             InvalidEntryError: something cannot be stored.
         """
         row, secret = self._new_row(team, name, models, expires_at, is_admin, limits or Limits())
-        self._database.write(lambda connection: connection.execute(sa.insert(api_keys), row))
         self._prepare(row["key_id"], limits or Limits())
+        self._database.write(lambda connection: connection.execute(sa.insert(api_keys), row))
         return row["key_id"], secret
 
     def bootstrap(self) -> str:
@@ -199,9 +199,13 @@ class KeyStore:
             UnknownEntryError: there is no such key.
             InvalidEntryError: a limit cannot be stored.
         """
-        self._update(key_id, limit_values(checked_limits(limits)))
+        values = limit_values(checked_limits(limits))
+        query = sa.select(_COLUMNS.key_id).where(_COLUMNS.key_id == key_id)
+        if self._database.read(lambda connection: connection.execute(query).first()) is not None:
+            # First, so that no request under the new budget has to wait for the sum.
+            self._prepare(key_id, limits)
+        self._update(key_id, values)
         self._changed()
-        self._prepare(key_id, limits)
 
     def find(self, secret: str) -> Principal | None:
         """Whose secret this is; None if nobody's, or of a key that works no more."""

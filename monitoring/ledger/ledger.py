@@ -114,12 +114,19 @@ class Ledger:
         if request_id not in self._unreserved:
             self._reservations.cancel(request_id)
 
+    def end(self, request_id: str) -> None:
+        """Count a request among the parallel ones no more; what it may cost stays set aside."""
+        if request_id not in self._unreserved:
+            self._reservations.end(request_id)
+
     def settle(self, records: Sequence[UsageRecord]) -> list[Settled]:
         """Write usage down and charge it, each request once however often it is sent.
 
         In one transaction, all or nothing: rows of `usage`; money from reserved to spent, in the
         budget periods in which the requests were admitted; the end of their reservations; what
-        the token limits were charged too much. A record without a reservation (expired, or no
+        the token limits were charged too much. A second record of a request, from another replica
+        (one had died, and the request ran once more), is a row of its own, under the request's id,
+        `~` and the replica's name. A record without a reservation (expired, or no
         limits) is charged all the same, in the period in which it started.
 
         Returns:
@@ -130,19 +137,26 @@ class Ledger:
             self._unreserved.discard(item.record.request_id)
         return settled
 
-    def usage(self, query: UsageQuery) -> list[UsageRow]:
+    def usage(self, query: UsageQuery, max_rows: int | None = None) -> list[UsageRow]:
         """Sums of usage.
 
         Raises:
+            TooManyRowsError: the answer has more than `max_rows`.
             ValueError: the query groups by something that does not exist.
         """
-        return self._database.read(lambda connection: load_usage(connection, query))
+        return self._database.read(lambda connection: load_usage(connection, query, max_rows))
 
     def budgets(self) -> list[BudgetState]:
-        """All budgets in their present period: at most 1000 of teams, and 1000 of keys."""
-        self._admitter.clean_up()
+        """All budgets in their present period: at most 1000 of teams, and 1000 of keys.
+
+        What has expired still counts as reserved until `clean_up`.
+        """
         now_s = self._clock()
         return self._database.read(lambda connection: load_budgets(connection, now_s))
+
+    def clean_up(self) -> None:
+        """Give back what expired, unless that was done a moment ago. Admission does it, too."""
+        self._admitter.clean_up()
 
     def close(self) -> None:
         """Close the connections. The ledger must not be used after."""

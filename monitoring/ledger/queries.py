@@ -10,6 +10,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from monitoring.ledger.exceptions import TooManyRowsError
 from monitoring.ledger.limits import Scope
 from monitoring.ledger.periods import PERIODS, Period, period_bounds
 from monitoring.ledger.schema import api_keys, budget_periods, teams, usage
@@ -109,11 +110,14 @@ class BudgetState:
     is_hard: bool
 
 
-def load_usage(connection: Connection, query: UsageQuery) -> list[UsageRow]:
+def load_usage(
+    connection: Connection, query: UsageQuery, max_rows: int | None = None
+) -> list[UsageRow]:
     """Sums over `usage`, in the order of the groups.
 
     Raises:
         ValueError: `group_by` names something else.
+        TooManyRowsError: there are more than `max_rows`.
     """
     unknown = [name for name in query.group_by if name not in _GROUPS]
     if unknown:
@@ -126,7 +130,12 @@ def load_usage(connection: Connection, query: UsageQuery) -> list[UsageRow]:
         .group_by(*groups)
         .order_by(*groups)
     )
-    return [_usage_row(row) for row in connection.execute(statement).mappings()]
+    if max_rows is not None:
+        statement = statement.limit(max_rows + 1)
+    rows = connection.execute(statement).mappings().all()
+    if max_rows is not None and len(rows) > max_rows:
+        raise TooManyRowsError(f"the answer has more than {max_rows} rows: narrow the query")
+    return [_usage_row(row) for row in rows]
 
 
 def load_budgets(connection: Connection, now_s: float) -> list[BudgetState]:

@@ -46,7 +46,7 @@ _PUT_BACK = (
 _OPEN = (
     sa.select(sa.func.count())
     .select_from(reservations)
-    .where(reservations.c.expires_s > bindparam("b_now_s"))
+    .where(reservations.c.expires_s > bindparam("b_now_s"), ~reservations.c.has_ended)
 )
 _NUM_OPEN = {
     "key": _OPEN.where(reservations.c.key_id == bindparam("b_name")),

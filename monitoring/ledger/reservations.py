@@ -32,6 +32,7 @@ class Reservation:
     team: str
     admitted_s: float
     expires_s: float
+    held_until_s: float
     reserved_nano_usd: int
     reserved_tokens: int
     input_nano_usd: int
@@ -39,6 +40,7 @@ class Reservation:
     completion_tokens: int
     key_period: Period | None
     team_period: Period | None
+    has_ended: bool = False
 
     def tightened(self, prompt_tokens: int) -> Reservation:
         """With the prompt's tokens counted, once each, instead of bounded. Never more than now."""
@@ -147,9 +149,19 @@ class ReservationRows:
 
         self._database.write(drop)
 
+    def end(self, request_id: str) -> None:
+        """See `Ledger.end`."""
+        ended = sa.update(reservations).where(_COLUMNS.request_id == request_id)
+        ended = ended.values(has_ended=True)
+
+        def mark(connection: Connection) -> None:
+            connection.execute(ended)
+
+        self._database.write(mark)
+
     def drop_expired(self, now_s: float) -> int:
         """Give back what nobody settled in time. Returns how many reservations that were."""
-        expired = _COLUMNS.expires_s <= now_s
+        expired = _COLUMNS.held_until_s <= now_s
         first = sa.select(_COLUMNS.request_id).where(expired).limit(1)
 
         def drop(connection: Connection) -> int:

@@ -177,6 +177,11 @@ reservations = Table(
     Column("expires_s", Double, nullable=False),
     Column("reserved_nano_usd", BigInteger, nullable=False),
     Column("reserved_tokens", BigInteger, nullable=False),
+    # Until when they stay set aside if nobody settles them: longer than `expires_s`, the latest
+    # end of the request, where a hard budget is at stake.
+    Column("held_until_s", Double, nullable=False),
+    # The answer is given: counts no more among the parallel requests.
+    Column("has_ended", Boolean, nullable=False),
     # The parts that stay when the prompt has been counted.
     Column("input_nano_usd", BigInteger, nullable=False),  # per token
     Column("completion_nano_usd", BigInteger, nullable=False),
@@ -186,5 +191,5 @@ reservations = Table(
     Column("team_period", String(8)),
     Index("ix_reservations_key", "key_id"),
     Index("ix_reservations_team", "team"),
-    Index("ix_reservations_expires", "expires_s"),
+    Index("ix_reservations_held", "held_until_s"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from monitoring.ledger.admission import PriceList
@@ -72,8 +73,10 @@ class Settler:
             return []
         # In the order of ids, so that two settlements of the same records never wait for each
         # other; the first of a duplicate counts.
-        unique = {record.request_id: record for record in reversed(records)}
-        ordered = [_sane(unique[request_id]) for request_id in sorted(unique)]
+        unique: dict[tuple[str, str], UsageRecord] = {}
+        for record in map(_sane, records):
+            unique.setdefault((record.request_id, record.replica), record)
+        ordered = sorted(unique.values(), key=lambda record: record.request_id)
         return self._database.write(lambda connection: self._settle(connection, ordered))
 
     def _settle(self, connection: Connection, records: Sequence[UsageRecord]) -> list[Settled]:
@@ -81,15 +84,12 @@ class Settler:
         self._database.lock_totals(connection, exclusive=False)
         taken = self._reservations.take(connection, [record.request_id for record in records])
         reserved = {reservation.request_id: reservation for reservation in taken}
-        settled = [self._priced(record, reserved.get(record.request_id)) for record in records]
-        insert = (
-            self._database.insert(usage)
-            .on_conflict_do_nothing(index_elements=[usage.c.request_id])
-            .returning(usage.c.request_id)
-        )
-        rows = [_row(item, reserved.get(item.record.request_id), now_s) for item in settled]
-        inserted = set(connection.execute(insert, rows).scalars())
-        new = [item for item in settled if item.record.request_id in inserted]
+        firsts = {record.request_id: record for record in reversed(records)}
+        new = self._insert(connection, [*reversed(firsts.values())], reserved, now_s)
+        inserted = {(item.record.request_id, item.record.replica) for item in new}
+        left = [it for it in records if (it.request_id, it.replica) not in inserted]
+        if left:
+            new += self._insert(connection, _reruns(connection, left), {}, now_s)
         used = {item.record.request_id: item for item in new}
 
         money = [change for item in new for change in _charges(item, reserved)]
@@ -102,6 +102,26 @@ class Settler:
         self._rates.put_back(connection, buckets)
         return new
 
+    def _insert(
+        self,
+        connection: Connection,
+        records: Sequence[UsageRecord],
+        reserved: Mapping[str, Reservation],
+        now_s: float,
+    ) -> list[Settled]:
+        """Rows of those records whose ids have none yet."""
+        if not records:
+            return []
+        settled = [self._priced(record, reserved.get(record.request_id)) for record in records]
+        insert = (
+            self._database.insert(usage)
+            .on_conflict_do_nothing(index_elements=[usage.c.request_id])
+            .returning(usage.c.request_id)
+        )
+        rows = [_row(item, reserved.get(item.record.request_id), now_s) for item in settled]
+        inserted = set(connection.execute(insert, rows).scalars())
+        return [item for item in settled if item.record.request_id in inserted]
+
     def _priced(self, record: UsageRecord, reservation: Reservation | None) -> Settled:
         if reservation is not None:
             # Who was admitted pays.
@@ -112,6 +132,29 @@ class Settler:
             price, record.prompt_tokens, record.cached_tokens, record.completion_tokens
         )
         return Settled(record, min(cost, MAX_AMOUNT), record.expert_cost_nano_usd, price.version)
+
+
+def _reruns(connection: Connection, records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """Of records whose ids have rows, those of other replicas than the rows, by ids of their own.
+
+    When a replica dies as it accepts a request, Ray Serve gives the request to another. Both may
+    have worked on it, and what was delivered is the other's.
+    """
+    columns = usage.c
+    query = sa.select(columns.request_id, columns.replica, columns.key_id, columns.team).where(
+        columns.request_id.in_(sorted({record.request_id for record in records}))
+    )
+    rows = {row.request_id: row for row in connection.execute(query)}
+    return [
+        replace(
+            record,
+            request_id=f"{record.request_id}~{record.replica}",
+            key_id=rows[record.request_id].key_id,
+            team=rows[record.request_id].team,
+        )
+        for record in records
+        if rows[record.request_id].replica != record.replica
+    ]
 
 
 def _sane(record: UsageRecord) -> UsageRecord:

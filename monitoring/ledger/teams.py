@@ -64,10 +64,11 @@ class TeamStore:
         def store(connection: Connection) -> None:
             connection.execute(upsert)
 
+        if limits.budget_nano_usd is not None:
+            # First, so that no request under the new budget has to wait for the sum.
+            self._budgets.ensure("team", name, limits, self._clock())
         self._database.write(store)
         self._changed()
-        if limits.budget_nano_usd is not None:
-            self._budgets.ensure("team", name, limits, self._clock())
 
     def get(self, name: str) -> Limits:
         """Limits of a team."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,24 +66,39 @@ class Orphan:
             self._outbox.acknowledge(count)
 
     def remove(self) -> None:
-        """All is acknowledged: remove the files; damaged ones are put aside."""
-        outbox = self._outbox
-        if outbox is not None:
-            if outbox.num_bad or outbox.num_pending:
-                self._set_aside(outbox.path, "unreadable lines")
-            outbox.close(remove=outbox.path not in self._bad)
-        # The slots last: their lock decides who may touch either.
-        if self.path not in self._bad:
-            self.path.unlink(missing_ok=True)
-        else:
-            _rename_aside(self.path)
-        self._lock.release()
+        """All is acknowledged: remove the files; damaged ones are put aside.
+
+        Raises:
+            OSError: some are still there, for others.
+        """
+        outbox, self._outbox = self._outbox, None
+        try:
+            if outbox is not None:
+                self._remove_outbox(outbox)
+            # The slots last: their lock decides who may touch either.
+            if self.path not in self._bad:
+                self.path.unlink(missing_ok=True)
+            else:
+                _rename_aside(self.path)
+        finally:
+            # Kept, it would keep what is left from everybody.
+            self._lock.release()
 
     def release(self) -> None:
-        """Leave what is not acknowledged to others."""
-        if self._outbox is not None:
-            self._outbox.close(remove=False)
-        self._lock.release()
+        """Leave what is not acknowledged to others. Idempotent."""
+        outbox, self._outbox = self._outbox, None
+        try:
+            if outbox is not None:
+                outbox.close(remove=False)
+        finally:
+            self._lock.release()
+
+    def _remove_outbox(self, outbox: Outbox) -> None:
+        try:
+            if outbox.num_bad or outbox.num_pending:
+                self._set_aside(outbox.path, "unreadable lines")
+        finally:
+            outbox.close(remove=outbox.path not in self._bad)
 
     def _read_slots(self) -> list[UsageRecord]:
         try:
@@ -120,24 +134,36 @@ def orphans(folder: Path) -> list[Orphan]:
 
     The caller sends what is pending, then calls `remove`, or `release` if it must stop before.
     """
-    return list(_orphans(folder))
+    found: list[Orphan] = []
+    try:
+        for path in sorted(folder.glob(f"*{SLOTS_SUFFIX}")):
+            if (orphan := _take(path)) is not None:
+                found.append(orphan)
+    except BaseException:
+        for orphan in found:
+            orphan.release()
+        raise
+    return found
 
 
-def _orphans(folder: Path) -> Iterator[Orphan]:
-    for path in sorted(folder.glob(f"*{SLOTS_SUFFIX}")):
-        try:
-            lock = FileLock.take(path)
-        except OSError as error:
-            logger.debug("not ours to deliver: %s", error)
-            continue
-        if lock is None:
-            continue
-        try:
-            yield Orphan(lock)
-        except OSError:
-            # A broken disk must not keep the records of others.
-            logger.exception("cannot read the usage in %s", path)
-            lock.release()
+def _take(path: Path) -> Orphan | None:
+    try:
+        lock = FileLock.take(path)
+    except OSError as error:
+        logger.debug("not ours to deliver: %s", error)
+        return None
+    if lock is None:
+        return None
+    try:
+        return Orphan(lock)
+    except OSError:
+        # A broken disk must not keep the records of others.
+        logger.exception("cannot read the usage in %s", path)
+        lock.release()
+        return None
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _rename_aside(path: Path) -> None:

@@ -36,8 +36,12 @@ class Outbox:
         self.num_bad = 0
         self._compact_bytes = compact_bytes
         self._descriptor = os.open(path, os.O_RDWR)
-        self._acknowledged, self._end = self._measure()
-        self._num_pending = self._count_lines()
+        try:
+            self._acknowledged, self._end = self._measure()
+            self._num_pending = self._count_lines()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self._ends: list[int] = []
 
     @classmethod
@@ -60,6 +64,7 @@ class Outbox:
             ValueError: it is no outbox.
             OSError: it cannot be read.
         """
+        _new_path(path).unlink(missing_ok=True)  # it ended in the middle of `_compact`
         return cls(path)
 
     @property
@@ -157,7 +162,6 @@ class Outbox:
                 return min(acknowledged, size), size
         if _MAGIC.startswith(header[:8]) and size < _HEADER_BYTES:
             return size, size  # killed while it was made
-        os.close(self._descriptor)
         raise ValueError("not an outbox, or of another version")
 
     def _count_lines(self) -> int:
@@ -172,7 +176,7 @@ class Outbox:
 
     def _compact(self) -> None:
         """What is pending into a new file, which then takes this one's name."""
-        new_path = self.path.with_name(f"{self.path.name}.new")
+        new_path = _new_path(self.path)
         new = os.open(new_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             _write(new, _header(_HEADER_BYTES), 0)
@@ -191,6 +195,10 @@ class Outbox:
         shift = self._acknowledged - _HEADER_BYTES
         self._ends = [end - shift for end in self._ends]
         self._acknowledged, self._end = _HEADER_BYTES, to
+
+
+def _new_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
 
 
 def _header(acknowledged: int) -> bytes:

@@ -102,11 +102,22 @@ class UsageLog:
         self._file()
 
     def flush(self) -> None:
-        """Make the disk have everything, for a crash of the machine. Blocks; any thread."""
-        if self._is_dirty or self.num_open:
-            self._is_dirty = False
-            self._slots.flush()
-            self._outbox.flush()
+        """Make the disk have everything, for a crash of the machine. Blocks; any thread.
+
+        Raises:
+            OSError: it does not have all of it; the next call tries again.
+        """
+        if not self._is_dirty and not self.num_open:
+            return
+        self._is_dirty = False  # before: what changes meanwhile is flushed the next time
+        try:
+            try:
+                self._slots.flush()
+            finally:
+                self._outbox.flush()
+        except OSError:
+            self._is_dirty = True
+            raise
 
     def close(self) -> None:
         """Give the files up: removed when all is acknowledged, else left for `orphans`.

@@ -89,16 +89,20 @@ class Runtime:
                 f"{num_experts}; give both the same checkpoint"
             )
 
-    def begin_step(self, finished: Iterable[str], rows: Callable[[], StepRows]) -> None:
+    def begin_step(
+        self, finished: Iterable[str], scheduled: Iterable[str], rows: Callable[[], StepRows]
+    ) -> None:
         """A step begins. Profile and warm-up runs are none.
 
         Args:
             finished: requests that are over since the step before.
+            scheduled: those that it has rows of.
             rows: tells whose rows the step has, once it runs.
         """
         if self._costs is not None:
             self._rows_of_step, self._row_costs = rows, None
             self._costs.close(finished)
+            self._costs.open(scheduled)
 
     def dispatch(
         self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -131,8 +135,6 @@ class Runtime:
             if in_flight is None or in_flight.pending is None:
                 raise RuntimeError(f"layer {layer} has nothing in flight")
             rows = self._dispatcher.combine(in_flight.pending)
-            if layer == self._last_layer:
-                self._end_step()
             if in_flight.num_rows == x.shape[0]:
                 return rows.to(x.device)
             output = torch.zeros_like(x)
@@ -141,6 +143,9 @@ class Runtime:
             logger.exception("Combine of layer %d failed; running requests will end", layer)
             self._state.add("poison")
             return torch.zeros_like(x)
+        finally:
+            if layer == self._last_layer:
+                self._end_step()  # whatever became of the layer, the shards' time was spent
         return output
 
     def close(self) -> None:

@@ -22,7 +22,9 @@ class ReportsSteps:
         """See `WorkerBase.execute_model`."""
         runner = self.model_runner
         runtime.current().begin_step(
-            scheduler_output.finished_req_ids, lambda: step_rows(runner, scheduler_output)
+            scheduler_output.finished_req_ids,
+            scheduler_output.num_scheduled_tokens,
+            lambda: step_rows(runner, scheduler_output),
         )
         return super().execute_model(scheduler_output)  # type: ignore[misc]
 

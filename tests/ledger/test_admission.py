@@ -184,7 +184,9 @@ def test_only_open_requests_count_as_parallel(ledger: Ledger) -> None:
 def test_what_nobody_settled_is_given_back_when_its_time_is_over(
     ledger: Ledger, clock: Clock
 ) -> None:
-    limits = Limits(budget_nano_usd=REQUEST_COST, max_parallel=1, tokens_per_minute=1500)
+    limits = Limits(
+        budget_nano_usd=REQUEST_COST, is_hard=False, max_parallel=1, tokens_per_minute=1500
+    )
     principal = key(ledger, limits=limits)
     ledger.admit(ask(principal, expires_at_s=NOON + 3))
     _refusal(ledger, ask(principal))
@@ -192,10 +194,36 @@ def test_what_nobody_settled_is_given_back_when_its_time_is_over(
     ledger.admit(ask(principal))
 
 
+def test_who_has_the_answer_may_ask_again_though_the_record_is_not_there_yet(
+    ledger: Ledger,
+) -> None:
+    principal = key(ledger, limits=Limits(budget_nano_usd=10**12, max_parallel=1))
+    first = ask(principal)
+    assert ledger.admit(first).is_parallel_limited
+    _refusal(ledger, ask(principal))
+    ledger.end(first.request_id)
+    ledger.end("never admitted")
+    ledger.admit(ask(principal))
+    _refusal(ledger, ask(principal))
+    assert _reserved(ledger, "key") == 2 * REQUEST_COST
+    assert not ledger.admit(ask(key(ledger, "blue", budget(5)))).is_parallel_limited
+
+
+def test_an_expired_parallel_request_counts_no_more_though_its_money_is_held(
+    ledger: Ledger, clock: Clock
+) -> None:
+    principal = key(ledger, limits=Limits(budget_nano_usd=10**12, max_parallel=1))
+    ledger.admit(ask(principal, expires_at_s=NOON + 3))
+    clock.now_s = NOON + 3
+    ledger.admit(ask(principal))
+    assert _reserved(ledger, "key") == 2 * REQUEST_COST
+
+
 def test_an_expired_reservation_shows_in_no_budget(ledger: Ledger, clock: Clock) -> None:
-    ledger.admit(ask(key(ledger, limits=budget(5)), expires_at_s=NOON + 60))
+    ledger.admit(ask(key(ledger, limits=budget(5, is_hard=False)), expires_at_s=NOON + 60))
     assert _reserved(ledger, "key") == REQUEST_COST
     clock.now_s = NOON + 61
+    ledger.clean_up()
     assert _reserved(ledger, "key") == 0
 
 

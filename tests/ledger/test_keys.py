@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from monitoring.ledger import (
     BootstrapError,
@@ -165,10 +168,62 @@ def test_limits_that_mean_nothing_are_refused(
     assert ledger.teams.list() == []
 
 
-@pytest.mark.parametrize("expires_at", [NOON, NOON - 1, float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize(
+    "expires_at", [NOON, NOON - 1, float("nan"), float("inf"), 253_402_300_800]
+)
 def test_an_expiry_lies_in_the_future(ledger: Ledger, expires_at: float) -> None:
     with pytest.raises(InvalidEntryError, match="expires_at"):
         ledger.keys.create("red", "ci", expires_at=expires_at)
+
+
+def test_a_key_may_last_until_the_last_day_there_is(ledger: Ledger) -> None:
+    ledger.keys.create("red", "ci", expires_at=253_402_300_799)
+    (info,) = ledger.keys.list()
+    assert info.expires_at_s is not None
+    assert datetime.datetime.fromtimestamp(info.expires_at_s, datetime.UTC).year == 9999
+
+
+def test_the_sum_for_a_new_budget_comes_before_the_budget(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_id, _ = ledger.keys.create("red", "ci")
+    found: list[object] = []
+
+    def ensure(*_: object) -> None:
+        found.append(ledger.teams.list())
+        found.append([info.limits.budget_nano_usd for info in ledger.keys.list()])
+
+    monkeypatch.setattr("monitoring.ledger.budgets.BudgetRows.ensure", ensure)
+    limits = Limits(budget_nano_usd=10**9)
+    ledger.teams.set("red", limits)
+    ledger.keys.set_limits(key_id, limits)
+    assert found == [[], [None], [Team("red", limits)], [None]]
+    with pytest.raises(UnknownEntryError):
+        ledger.keys.set_limits("key_none", limits)
+    ledger.keys.create("red", "another", limits=limits)
+    assert found[5] == [10**9]  # the new key is not there yet
+
+
+def test_a_budget_that_another_has_begun_meanwhile_is_not_summed_up_again(
+    ledger: Ledger, open_ledger: Callable[[], Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = budget(5)
+    other = open_ledger()
+    read = ledger._database.read
+    statements: list[str] = []
+
+    def late(work: Any) -> Any:
+        found = read(work)
+        other.teams.set("red", limits)  # after the look, before the lock
+        return found
+
+    def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    monkeypatch.setattr(ledger._database, "read", late)
+    sa.event.listen(ledger._database._engine, "before_cursor_execute", note)
+    ledger.teams.set("red", limits)
+    assert not [it for it in statements if "sum(" in it.lower()]
 
 
 def test_teams_keep_what_was_set_last(ledger: Ledger) -> None:

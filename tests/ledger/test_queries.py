@@ -6,7 +6,7 @@ import datetime
 
 import pytest
 
-from monitoring.ledger import BudgetState, Ledger, Limits, UsageQuery
+from monitoring.ledger import BudgetState, Ledger, Limits, TooManyRowsError, UsageQuery
 from tests.ledger.accounts import (
     CACHED,
     INPUT,
@@ -69,6 +69,13 @@ def test_groups_come_in_any_combination_and_sorted(filled: Ledger) -> None:
     assert len(filled.usage(UsageQuery(group_by=("key", "team", "model", "day")))) == 4
     with pytest.raises(ValueError, match="not by 'replica'"):
         filled.usage(UsageQuery(group_by=("replica",)))  # type: ignore[arg-type]
+
+
+def test_a_report_that_is_too_long_is_refused(filled: Ledger) -> None:
+    query = UsageQuery(group_by=("key", "team", "model", "day"))
+    assert len(filled.usage(query, max_rows=4)) == 4
+    with pytest.raises(TooManyRowsError, match="narrow"):
+        filled.usage(query, max_rows=3)
 
 
 def test_filters_narrow_the_sum(filled: Ledger) -> None:

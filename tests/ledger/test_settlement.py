@@ -122,16 +122,62 @@ def test_a_request_is_charged_to_the_period_of_its_admission(
 def test_late_records_whose_reservation_is_gone_are_charged(
     ledger: Ledger, clock: Clock, ledger_url: str
 ) -> None:
-    principal = key(ledger, limits=Limits(budget_nano_usd=10**12, tokens_per_minute=5000))
+    limits = Limits(budget_nano_usd=10**12, is_hard=False, tokens_per_minute=5000)
+    principal = key(ledger, limits=limits)
     request = ask(principal, expires_at_s=NOON + 60)
     ledger.admit(request)
     clock.now_s = NOON + 3600
+    ledger.clean_up()
     assert ledger.budgets()[0].reserved_nano_usd == 0
     assert len(ledger.settle([record(request)])) == 1
     (state,) = ledger.budgets()
     assert (state.spent_nano_usd, state.reserved_nano_usd) == (COST, 0)
     # An hour-old request is nothing to this minute's tokens.
     assert ledger.admit(ask(principal, expires_at_s=NOON + 9999)).limits.remaining_tokens == 3900
+    with tables(ledger_url) as connection:
+        assert_books_balance(connection)
+
+
+def test_money_of_a_hard_budget_waits_a_day_for_its_record(
+    ledger: Ledger, clock: Clock, ledger_url: str
+) -> None:
+    principal = key(ledger, limits=budget(2, "total"))
+    late, lost = (ask(principal, expires_at_s=NOON + 60) for _ in range(2))
+    ledger.admit(late)
+    ledger.admit(lost)
+    clock.now_s = NOON + 86_400
+    ledger.clean_up()
+    with pytest.raises(LimitExceeded):
+        ledger.admit(ask(principal))
+    ledger.settle([record(late)])
+    (state,) = ledger.budgets()
+    assert (state.spent_nano_usd, state.reserved_nano_usd) == (COST, REQUEST_COST)
+    clock.now_s = NOON + 86_400 + 61
+    ledger.clean_up()
+    assert ledger.budgets()[0].reserved_nano_usd == 0
+    with tables(ledger_url) as connection:
+        assert_books_balance(connection)
+
+
+def test_a_request_that_two_replicas_ran_is_charged_for_both(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    principal = key(ledger, limits=budget(5))
+    request, other = ask(principal), ask(principal)
+    ledger.admit(request)
+    ledger.admit(other)
+    first = record(request, replica="a", outcome="replica_lost", completion_tokens=0)
+    second = record(request, replica="b", key_id="somebody", team="else")
+    assert len(ledger.settle([first])) == 1
+    (item,) = ledger.settle([second, first])
+    assert (item.record.request_id, item.cost_nano_usd) == (f"{request.request_id}~b", COST)
+    assert (item.record.key_id, item.record.team) == (principal.key_id, principal.team)
+    both = [record(other, replica="b"), record(other, replica="c")]
+    assert len(ledger.settle([*both, first, second])) == 2
+    assert ledger.settle([second, first, *both]) == []
+    (state,) = ledger.budgets()
+    spent = 4 * COST - 50 * OUTPUT
+    assert (state.spent_nano_usd, state.reserved_nano_usd) == (spent, 0)
     with tables(ledger_url) as connection:
         assert_books_balance(connection)
 

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 PORT = 8000
 START_S = 420.0
 STOP_S = 90.0
+KEY: list[str] = []
 QUESTIONS = [sample for sample in heldout("facts", 6) if not sample.tools]
 
 
@@ -37,8 +38,17 @@ def served(cluster: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = nano_config(folder, PORT, {"shards": {"count": 3, "memory_bytes": 2**30}})
     document = yaml.safe_load(config.read_text())
     document["http_options"]["host"] = cluster.members[0].ip
+    document["applications"][0]["args"]["gateway"] = {"require_keys": True}
     config.write_text(yaml.safe_dump(document))
     command = [str(MOONSHARD), "serve", str(config), "--address", cluster.ray_address]
+    made = subprocess.run(
+        [str(MOONSHARD), "keys", "bootstrap", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 0, made.stderr
+    KEY.append(made.stdout.strip())
     process = cluster.start(0, command)
     try:
         await_ready(process)
@@ -72,7 +82,7 @@ def rows_by_shard(cluster: Hosts) -> dict[str, int]:
 
 def client(cluster: Hosts) -> openai.OpenAI:
     url = f"http://{cluster.members[0].ip}:{PORT}/v1"
-    return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=url, api_key=KEY[0], max_retries=0, timeout=120)
 
 
 def num_right(cluster: Hosts) -> int:

@@ -37,6 +37,21 @@ def test_a_relative_checkpoint_starts_at_the_repository() -> None:
         ({"shards": [1]}, "args.shards: input should be a valid dictionary"),
         ([], "args: expected a mapping of settings, got list"),
         ({"dispatch": {"recovery_timeout_s": 300}}, "must stay below 300"),
+        (
+            {"costs": {"node_usd_per_hour_by_resource": {"H100": -1}}},
+            "args.costs.node_usd_per_hour_by_resource.H100: input should be greater than or equal",
+        ),
+        *(
+            (
+                {"costs": {"node_usd_per_hour": value, "node_usd_per_hour_by_resource": {"A": 1}}},
+                "args.costs.node_usd_per_hour: input should be",
+            )
+            for value in (-1, float("inf"), float("nan"))
+        ),
+        (
+            {"costs": {"node_usd_per_hour_by_resource": {"H100": float("nan")}}},
+            "args.costs.node_usd_per_hour_by_resource.H100: input should be",
+        ),
         ({"engine": {"tensor_parallel_size": 2}}, "tensor parallelism is not supported"),
         (
             {"router": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}},

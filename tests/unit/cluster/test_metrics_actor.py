@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster import metrics_actor
 from cluster.metrics_actor import MetricsActor
@@ -13,6 +15,7 @@ from monitoring.exposition import CONTENT_TYPE
 from tests.unit.monitoring.pushes import Process
 
 ROWS = "moonshard_dispatch_rows_total"
+IDLE_COST = 'moonshard_infrastructure_cost_usd_total{component="shards",phase="idle"} 0.0\n'
 
 
 @pytest.fixture
@@ -35,6 +38,12 @@ async def end(actor: MetricsActor) -> None:
     """As a crash would."""
     actor._task.cancel()
     await asyncio.gather(actor._task, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.005)
 
 
 def router(rows: int) -> Process:
@@ -76,6 +85,103 @@ async def test_the_next_life_waits_with_its_first_answer_for_those_who_live(
     await actor.push(process.state.next_push())
     assert f"{ROWS} 8.0" in await reader
     await end(actor)
+
+
+async def test_the_matrix_waits_for_those_who_live_too(store: dict[str, bytes]) -> None:
+    actor, process = await start(), router(3)
+    process.state.acknowledged(await actor.push(process.state.next_push()))
+    await actor._save()
+    await end(actor)
+    actor = await start()
+    reader = asyncio.create_task(actor.experts())
+    await asyncio.sleep(0)
+    assert not reader.done()
+    await actor.push(process.state.next_push())
+    assert (await reader)["layers"] == []
+    await end(actor)
+
+
+async def test_a_graceful_end_is_saved_at_the_next_tick(
+    store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_actor, "_TICK_S", 0.01)
+    monkeypatch.setattr(metrics_actor, "_SAVE_INTERVAL_S", 1e9)
+    actor, process = await start(), router(3)
+    await until(lambda: bool(store))  # the first save is due at once
+    await actor.push(process.state.next_push(is_last=True))
+    before = dict(store)
+    await until(lambda: store != before)
+    await end(actor)
+    actor = await start()
+    assert f"{ROWS} 3.0" in await actor.snapshot()
+    await end(actor)
+
+
+async def test_a_save_that_fails_is_made_up_for(
+    store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [RuntimeError("the store is away")] * 2
+
+    def put(key: str, value: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        store[key] = value
+
+    monkeypatch.setattr(metrics_actor, "_TICK_S", 0.01)
+    monkeypatch.setattr(metrics_actor, "_SAVE_INTERVAL_S", 1e9)
+    monkeypatch.setattr(metrics_actor, "kv_put", put)
+    actor = await start()
+    await until(lambda: bool(store))
+    await end(actor)
+
+
+async def test_only_saved_cost_is_shown(store: dict[str, bytes]) -> None:
+    actor, controller = await start(), Process("controller", "c")
+    controller.gauges["node_cost_usd_per_hour"] = {("shards",): 3600.0}
+    await actor.push(controller.state.next_push())
+    await asyncio.sleep(0.01)
+    actor._aggregator.tick()
+    assert IDLE_COST in await actor.snapshot()
+    await actor._save()
+    assert IDLE_COST not in await actor.snapshot()
+    await end(actor)
+
+
+class Handle:
+    """Of an actor, as far as the end needs it."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    @property
+    def close(self) -> Handle:
+        return self
+
+    def remote(self) -> Handle:
+        return self
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [None, Handle(None), Handle(RayActorError()), Handle(GetTimeoutError())],
+    ids=["absent", "well", "dead", "silent"],
+)
+def test_a_stop_forgets_the_totals_whatever_state_the_actor_is_in(
+    store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, handle: Handle | None
+) -> None:
+    def get(asked: Handle, timeout: float) -> None:
+        if asked.error is not None:
+            raise asked.error
+
+    def kill(_: Handle, *, no_restart: bool) -> None:
+        store["metrics_totals"] = b"saved at the last moment"
+
+    monkeypatch.setattr(metrics_actor, "get_metrics_actor", lambda: handle)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", kill)
+    store["metrics_totals"] = b"of before"
+    metrics_actor.stop_metrics_actor()
+    assert store == {}
 
 
 async def test_saved_totals_that_cannot_be_read_do_not_keep_it_from_starting(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +162,26 @@ def test_counts_of_totals_that_were_forgotten_are_dropped(actor: Actor, tmp_path
     metrics.start()
     metrics.close()
     assert actor.value(TOKENS, shard=SHARD_ID) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_counts_of_so_long_ago_that_nobody_remembers_them_are_dropped(
+    actor: Actor, tmp_path: Path
+) -> None:
+    for incarnation, age_s in (("old", 3700), ("new", 3000)):
+        dead = ShardCounters.create(
+            tmp_path, TOKEN, SHARD_ID, incarnation, LAYERS, EXPERTS, NUM_EXPERTS
+        )
+        dead.history = actor.history
+        count(dead)
+        dead.release()
+        assert dead.path is not None
+        os.utime(dead.path, (time.time(), time.time() - age_s))
+    metrics = life(actor, tmp_path, "next")
+    metrics.start()
+    actor.wait_for(lambda: any(push.source.epoch == "new" for push in actor.pushes))
+    metrics.close()
+    assert actor.value(TOKENS, shard=SHARD_ID) == 2
     assert list(tmp_path.iterdir()) == []
 
 

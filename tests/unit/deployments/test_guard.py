@@ -117,6 +117,7 @@ async def test_after_recovery_new_requests_enter_and_old_ones_stay_refused(
         state.add("poison", 3)
         await until_open(guard)
     assert engine.resets >= 3
+    assert guard.num_withdrawals == 1
     guard.check(guard.admit())
     with pytest.raises(ExpertsUnavailable):
         guard.check(old)

@@ -54,6 +54,24 @@ def test_counters_with_known_labels_exist_before_their_first_event() -> None:
     assert counts["ledger_errors"] == {(): (0.0,)}
 
 
+def test_series_can_begin_before_their_first_event() -> None:
+    metrics = Metrics("gateway")
+    metrics.begin("cost_usd", team="t", model="m")
+    metrics.begin("request_queue_time_seconds", model="m")
+    counts = metrics.totals().counts
+    assert counts["cost_usd"] == {("list", "m", "t"): (0.0,), ("experts", "m", "t"): (0.0,)}
+    assert set(counts["request_queue_time_seconds"][("m",)]) == {0.0}
+
+
+def test_gauges_that_nobody_knows_are_left_out_while_that_is_so() -> None:
+    metrics = Metrics("controller")
+    metrics.withhold(["shards_live"])
+    assert "shards_live" not in metrics.totals().gauges
+    metrics.withhold(["shards_wanted"])
+    assert metrics.totals().gauges["shards_live"] == {(): 0.0}
+    assert "shards_wanted" not in metrics.totals().gauges
+
+
 def test_a_counter_follows_a_total_that_is_counted_elsewhere() -> None:
     metrics = Metrics("router")
     for total in (5, 5, 9):

@@ -217,6 +217,24 @@ async def test_an_async_process_pushes_until_it_ends_and_says_so() -> None:
     assert value(network.aggregator, "moonshard_metrics_sources", role="gateway") == 0
 
 
+@pytest.mark.parametrize(("interval_s", "longest_s"), [(1.0, 10.0), (4.0, 20.0)])
+async def test_a_view_of_the_cluster_does_not_outlive_those_in_it(
+    interval_s: float, longest_s: float
+) -> None:
+    network, clock = Network(), Clock()
+    source = SourceId.new("router", "r")
+    pusher = MetricsPusher(Metrics("router"), source, network.send, interval_s, clock=clock)
+    await pusher.push()
+    clock.now_s += longest_s
+    assert pusher.view is not None
+    network.failures = 1
+    await pusher.push()
+    clock.now_s += 0.1
+    assert pusher.view is None
+    await pusher.push()
+    assert pusher.view is not None
+
+
 async def test_what_is_counted_elsewhere_is_read_before_each_push() -> None:
     network, metrics = Network(), Metrics("router")
     rows = iter([5, 8])

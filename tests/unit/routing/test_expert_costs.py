@@ -101,7 +101,7 @@ def test_requests_are_charged_by_phase_and_read_once_they_are_closed(tmp_path: P
     made = CostSlots.create(tmp_path / "costs", 4)
     writer, reader = CostWriter(CostSlots.open(tmp_path / "costs")), CostReader(made)
     spent = writer.add(step("ab", [2, 1], [True, False]), row_costs([1, 2, 4, 100]))
-    assert spent == (3, 4, 0)  # the last row is padding
+    assert spent == (3, 4, 100)  # the last row is nobody's
     assert writer.add(step("ba", [1, 1], [False, False]), row_costs([8, 16])) == (0, 24, 0)
     assert reader.is_open("a")
     writer.close(["a", "never seen"])
@@ -134,6 +134,93 @@ def test_a_slot_that_was_given_up_is_free_once_it_is_closed(tmp_path: Path) -> N
         writer.close([name])
     assert writer.add(step("c", [1], [True]), row_costs([1])) == (1, 0, 0)
     assert reader.take("c") == (1, 0, 0.5)
+
+
+def test_the_replica_waits_for_a_request_whose_first_step_has_just_begun(tmp_path: Path) -> None:
+    made = CostSlots.create(tmp_path / "costs", 1)
+    writer, reader = CostWriter(made), CostReader(made)
+    writer.open("a")
+    assert reader.is_open("a")
+    assert writer.add(step("a", [1], [True]), row_costs([5])) == (5, 0, 0)
+    assert not reader.is_closed("a")
+    writer.close("a")
+    assert reader.is_closed("a")
+    assert reader.take("a") == (5, 0, 2.5)
+
+
+def test_a_request_that_never_ran_is_closed_with_nothing(tmp_path: Path) -> None:
+    made = CostSlots.create(tmp_path / "costs", 1)
+    writer, reader = CostWriter(made), CostReader(made)
+    writer.close("a")
+    assert reader.is_closed("a")
+    assert reader.take("a") == (0, 0, 0)
+    writer.close("b")
+    assert reader.is_closed("b")
+
+
+def test_a_slot_that_nobody_takes_is_used_again_after_a_while(tmp_path: Path) -> None:
+    now_s = 0.0
+    made = CostSlots.create(tmp_path / "costs", 1)
+    writer, reader = CostWriter(made, monotonic=lambda: now_s), CostReader(made)
+    writer.add(step("a", [1], [True]), row_costs([5]))
+    now_s = 1000.0
+    assert writer.add(step("b", [1], [True]), row_costs([1])) == (0, 0, 1), "a is still open"
+    writer.close("a")
+    now_s += 500.0
+    assert writer.add(step("b", [1], [True]), row_costs([1])) == (0, 0, 1), "a may be read"
+    now_s += 200.0
+    assert writer.add(step("b", [1], [True]), row_costs([1])) == (1, 0, 0)
+    assert reader.take("a") is None
+    assert reader.take("b") == (1, 0, 0.5)
+
+
+def test_a_slot_that_is_closed_while_it_is_given_up_is_free(tmp_path: Path) -> None:
+    made = CostSlots.create(tmp_path / "costs", 1)
+    writer = CostWriter(made)
+
+    class Racing(CostReader):
+        def _find(self, request_id: str) -> int | None:
+            index = super()._find(request_id)
+            writer.close([request_id])
+            return index
+
+    writer.open("a")
+    assert Racing(made).take("a") is not None
+    writer.open("b")
+    assert CostReader(made).is_open("b")
+
+
+def test_only_the_worker_gives_slots_away(tmp_path: Path) -> None:
+    made = CostSlots.create(tmp_path / "costs", 2)
+    writer, reader = CostWriter(made), CostReader(made)
+    writer.open("ab")
+    writer.close("b")
+    before = made.slots["state"].tolist()
+    assert reader.take("a") is not None
+    assert reader.take("b") is not None
+    assert made.slots["state"].tolist() == before
+    writer.close("a")
+    writer.open("cd")
+    assert reader.is_open("c")
+    assert reader.is_open("d")
+
+
+def test_a_slot_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = CostSlots.create(tmp_path / "costs", 8)
+    writer, reader = CostWriter(made), CostReader(made)
+    writer.open("a")
+    assert reader.is_open("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "flatnonzero", None)
+        assert reader.is_open("a")
+        assert not reader.is_closed("a")
+        assert reader.take("a") is not None
+    assert not reader.is_open("a")
+
+
+def test_more_rows_than_the_layers_had_are_charged_to_nobody(tmp_path: Path) -> None:
+    writer = CostWriter(CostSlots.create(tmp_path / "costs", 4))
+    assert writer.add(step("ab", [2, 1], [True, False]), row_costs([1, 2])) == (0, 0, 3)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

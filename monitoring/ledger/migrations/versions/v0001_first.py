@@ -119,6 +119,8 @@ def _create_budgets() -> None:
         sa.Column("expires_s", sa.Double, nullable=False),
         sa.Column("reserved_nano_usd", sa.BigInteger, nullable=False),
         sa.Column("reserved_tokens", sa.BigInteger, nullable=False),
+        sa.Column("held_until_s", sa.Double, nullable=False),
+        sa.Column("has_ended", sa.Boolean, nullable=False),
         sa.Column("input_nano_usd", sa.BigInteger, nullable=False),
         sa.Column("completion_nano_usd", sa.BigInteger, nullable=False),
         sa.Column("completion_tokens", sa.BigInteger, nullable=False),
@@ -127,7 +129,7 @@ def _create_budgets() -> None:
     )
     op.create_index("ix_reservations_key", "reservations", ["key_id"])
     op.create_index("ix_reservations_team", "reservations", ["team"])
-    op.create_index("ix_reservations_expires", "reservations", ["expires_s"])
+    op.create_index("ix_reservations_held", "reservations", ["held_until_s"])
 
 
 def _guard_usage_postgresql() -> None:

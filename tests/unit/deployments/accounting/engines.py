@@ -18,21 +18,34 @@ from deployments.engine import MoonshardAsyncLLM
 __all__ = ["ScriptedEngine", "settle"]
 
 
+class _Core:
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        pass
+
+
 class ScriptedEngine(MoonshardAsyncLLM):
     """Makes tokens when told to.
 
     Attributes:
         num_generation_tokens: what vLLM's counter `vllm:generation_tokens` would say.
         gate: requests enter while it is set.
+        last_gate: `add_request` returns while it is set.
+        is_shut_down: whether the engine core is gone.
     """
 
     def __init__(self) -> None:
         self._running = set()
         self._background = set()
+        self.output_handler = None
         self.output_processor = OutputProcessor(None, log_stats=True)
+        self.engine_core = _Core()
+        self.log_requests = False
+        self.is_shut_down = False
         self.num_generation_tokens = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.last_gate = asyncio.Event()
+        self.last_gate.set()
         self.cached: dict[int, int] = {}
 
     async def add_request(
@@ -53,14 +66,21 @@ class ScriptedEngine(MoonshardAsyncLLM):
         )
         queue = RequestOutputCollector(params.output_kind, request.request_id)
         if params.n == 1:
-            self.output_processor.add_request(request, None, None, 0, queue)
+            await self._add_request(request, None, None, 0, queue)
             return queue
         parent = ParentRequest(request)
         for index in range(params.n):
             child = copy(request)
             child.request_id, child.sampling_params = parent.get_child_info(index)
-            self.output_processor.add_request(child, None, parent, index, queue)
+            await self._add_request(child, None, parent, index, queue)
+        await self.last_gate.wait()
         return queue
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        pass
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.is_shut_down = True
 
     async def abort(self, request_id: Any, internal: bool = False) -> None:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)

@@ -213,6 +213,23 @@ async def test_cached_tokens_are_those_that_the_first_choice_found(
     assert book.record.completion_tokens == 2
 
 
+async def test_a_first_choice_that_is_over_before_all_are_in_is_asked_all_the_same(
+    book: Book, engine: ScriptedEngine
+) -> None:
+    engine.cached = {0: 1, 1: 3}
+    engine.last_gate.clear()
+    account = book.open()
+    task = asyncio.create_task(read(engine, account, "r", params(FINAL_ONLY, n=2)))
+    await settle()
+    engine.make("0_r-internal", [5], finished=True)
+    engine.last_gate.set()
+    await settle()
+    engine.make("1_r-internal", [5], finished=True)
+    await task
+    account.end_response("ok")
+    assert (book.record.cached_tokens, book.record.completion_tokens) == (1, 2)
+
+
 @pytest.mark.parametrize("is_async", [True, False])
 @pytest.mark.parametrize("is_left", [True, False])
 async def test_the_cost_of_every_choice_is_asked_for_once_at_its_end(
@@ -266,6 +283,51 @@ async def test_a_cost_that_cannot_be_had_does_not_keep_the_record(
     engine.make("r-internal", [5], finished=True)
     await task
     account.end_response("ok")
+    assert book.record.completion_tokens == 1
+
+
+@pytest.mark.parametrize("is_left", [True, False])
+async def test_an_engine_that_ends_waits_for_what_its_last_requests_cost(
+    book: Book, engine: ScriptedEngine, is_left: bool
+) -> None:
+    async def costs(request_id: str) -> ExpertCost:
+        await asyncio.sleep(0.05)
+        assert not engine.is_shut_down
+        return ExpertCost(10, 20, 30)
+
+    engine.expert_costs = costs
+    account = book.open()
+    task = asyncio.create_task(read(engine, account, "r", params()))
+    await settle()
+    engine.make("r-internal", [5], finished=not is_left)
+    await settle()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    account.end_response("ok")
+    await engine.close()
+    assert engine.is_shut_down
+    assert (book.record.completion_tokens, book.record.expert_prompt_ns) == (1, 10)
+
+
+async def test_an_engine_that_ends_does_not_wait_for_ever_and_leaves_no_task(
+    book: Book, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("deployments.engine._SETTLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(engine, "abort", never)
+    engine.expert_costs = never
+    account = book.open()
+    task = asyncio.create_task(read(engine, account, "r", params()))
+    await settle()
+    engine.make("r-internal", [5])
+    await settle()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    account.end_response("client_closed")
+    await engine.close()
+    assert not engine._background
     assert book.record.completion_tokens == 1
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from deployments.accounting import Shipper
+from deployments.accounting import OrphanShipper, Shipper, orphan_shipper
 from monitoring.usage import UsageRecord
-from monitoring.write_ahead import UsageLog
+from monitoring.write_ahead import Orphan, UsageLog, orphans
+from tests.unit.deployments.accounting.clock import Clock
 
 DEADLINE_S = 10.0
 
@@ -45,26 +47,18 @@ class Ledger:
             raise TimeoutError
 
 
-class Clock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-        self.slept: list[float] = []
-
-    async def sleep(self, duration_s: float) -> None:
-        self.slept.append(duration_s)
-        self.now_s += duration_s
-        await asyncio.sleep(0.001)
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def make_record(number: int, finished_s: float = 0.0) -> UsageRecord:
     return UsageRecord(
         f"{number:032x}", "k", "t", "m", "chat", finished_s, finished_s, "replica_lost"
     )
+
+
+def leave(folder: Path, *numbers: int) -> None:
+    """A log as a killed process leaves it."""
+    dead = UsageLog.create(folder, "dead")
+    for number in numbers:
+        dead.finish(dead.open_slot(make_record(number)), "ok")
+    dead.close()
 
 
 class Set:
@@ -157,9 +151,23 @@ async def test_the_backlog_tells_how_many_and_how_old(ship: Set) -> None:
     ship.ledger.is_down = True
     ship.finish(1, 2)
     oldest_s = ship.log.pending(1)[0].finished_s
+    ship.shipper.start()
+    await ship.until(lambda: ship.shipper.backlog()[0] == 2)
     ship.clock.now_s = oldest_s + 7.5
     num_records, age_s = ship.shipper.backlog()
     assert (num_records, round(age_s, 3)) == (2, 7.5)
+
+
+async def test_asking_for_the_backlog_reads_nothing(
+    ship: Set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may ask while a file is written or closed."""
+    ship.ledger.is_down = True
+    ship.finish(1, 2)
+    await ship.shipper.drain(0.05)
+    monkeypatch.delattr(UsageLog, "oldest")
+    monkeypatch.delattr(UsageLog, "num_pending")
+    assert ship.shipper.backlog()[0] == 2
 
 
 async def test_asking_for_the_backlog_does_not_disturb_a_send(ship: Set) -> None:
@@ -183,6 +191,130 @@ async def test_what_dead_replicas_left_is_shipped_and_removed(ship: Set) -> None
     ship.shipper.start()
     await ship.until(lambda: sorted(ship.ledger.has) == ids(100, 101, 200, 201))
     await ship.until(lambda: not list(ship.folder.glob("dead*")))
+
+
+async def test_a_busy_log_does_not_keep_orphans_waiting(ship: Set) -> None:
+    leave(ship.folder, 7001)
+    leave(ship.folder, 7002)
+    number = 0
+
+    async def send(records: list[UsageRecord]) -> None:
+        nonlocal number
+        number += 1
+        if number < 100:
+            ship.finish(number)  # another one waits before this one is acknowledged
+        await ship.ledger.send(records)
+
+    ship.shipper._send = send
+    ship.finish(0)
+    ship.shipper.start()
+    await ship.until(lambda: set(ids(7001, 7002)) <= set(ship.ledger.has))
+    assert number < 20
+    await ship.until(lambda: not list(ship.folder.glob("dead*")))
+
+
+async def test_orphans_are_delivered_after_the_log_could_not_be_read(
+    ship: Set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(ship.folder, 7001)
+    ship.finish(1)
+
+    def pending(_: UsageLog, limit: int) -> list[UsageRecord]:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UsageLog, "pending", pending)
+        ship.shipper.start()
+        await ship.until(lambda: ship.ledger.has == ids(7001))
+    await ship.until(lambda: sorted(ship.ledger.has) == ids(1, 7001))
+
+
+async def test_what_was_scanned_before_an_error_is_delivered_without_a_new_record(
+    ship: Set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error takes the one signal that there was."""
+    leave(ship.folder, 7001)
+    is_broken = True
+
+    def next_batch() -> tuple[Orphan, list[UsageRecord]] | None:
+        nonlocal is_broken
+        if is_broken:
+            is_broken = False
+            raise OSError(5, "Input/output error")
+        return original()
+
+    original = ship.shipper._next_batch
+    monkeypatch.setattr(ship.shipper, "_next_batch", next_batch)
+    ship.shipper.start()
+    await ship.until(lambda: ship.ledger.has == ids(7001))
+
+
+@pytest.mark.parametrize("method", ["pending", "acknowledge", "remove"])
+async def test_an_orphan_with_a_broken_disk_is_left_to_a_later_scan(
+    ship: Set, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    leave(ship.folder, 7001)
+    original = getattr(Orphan, method)
+    num_failures = 2
+
+    def fail(orphan: Orphan, *args: int) -> object:
+        nonlocal num_failures
+        if num_failures:
+            num_failures -= 1
+            raise OSError(5, "Input/output error")
+        return original(orphan, *args)
+
+    monkeypatch.setattr(Orphan, method, fail)
+    ship.shipper.start()
+    ship.finish(1, 2)
+    await ship.until(lambda: sorted(ship.ledger.has) == ids(1, 2, 7001))
+    await ship.until(lambda: not list(ship.folder.glob("dead*")))
+    assert num_failures == 0
+
+
+async def test_what_a_cancelled_scan_finds_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path, 7001)
+    may_end = threading.Event()
+
+    def slow(folder: Path) -> list[Orphan]:
+        found = orphans(folder)
+        may_end.wait(DEADLINE_S)
+        return found
+
+    monkeypatch.setattr(orphan_shipper, "orphans", slow)
+    ship = Set(tmp_path)
+    ship.shipper.start()
+    await asyncio.sleep(0.05)
+    asyncio.get_running_loop().call_later(0.05, may_end.set)
+    await ship.shipper.close()
+    assert [one.num_pending for one in orphans(tmp_path)] == [1]
+
+
+async def test_orphans_are_shipped_without_a_log_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "not-there-yet"
+    ledger, clock = Ledger(), Clock()
+    shipper = OrphanShipper(
+        folder, ledger.send, sleep=clock.sleep, monotonic=clock, wall_clock=clock
+    )
+    shipper.start()
+    await asyncio.sleep(0.01)
+    assert shipper.backlog() == (0, 0.0)
+    ledger.is_down = True
+    leave(folder, 1, 2)
+    async with asyncio.timeout(DEADLINE_S):
+        while shipper.backlog()[0] != 2:  # noqa: ASYNC110 - what is awaited has no event
+            await asyncio.sleep(0.001)
+        ledger.is_down = False
+        while shipper.backlog()[0] or os.listdir(folder):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert ledger.has == ids(1, 2)
+    ledger.is_down = True
+    leave(folder, 3)
+    await shipper.drain(0.05)
+    await shipper.close()
+    assert [one.num_pending for one in orphans(folder)] == [1], "what is left is not given back"
 
 
 async def test_replicas_that_die_later_are_found(ship: Set) -> None:

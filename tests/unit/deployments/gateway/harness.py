@@ -62,6 +62,7 @@ class FakeRouter:
     calls: list[tuple[Any, Any]] = field(default_factory=list)
     num_cancelled: int = 0
     num_open: int = 0
+    num_questions: int = 0
 
     def options(self, **_: Any) -> FakeRouter:
         return self
@@ -75,6 +76,8 @@ class FakeRouter:
     @property
     def readiness(self) -> Any:
         async def ready() -> dict[str, Any]:
+            self.num_questions += 1
+            await asyncio.sleep(0.01)
             return {"ready": True, "reason": ""}
 
         return SimpleNamespace(remote=ready)
@@ -162,6 +165,7 @@ class Site:
         return value or 0.0
 
     def reserved(self) -> int:
+        self.ledger.clean_up()
         return sum(state.reserved_nano_usd for state in self.ledger.budgets())
 
     async def settle(self, **fields: Any) -> None:

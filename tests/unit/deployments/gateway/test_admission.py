@@ -272,3 +272,29 @@ def test_the_context_comes_from_the_config_or_the_checkpoint() -> None:
     assert context_bound(parse_config({"model": {"max_model_len": 1000}})) == 1000
     with pytest.raises(ConfigError, match=r"model\.max_model_len.*set it"):
         context_bound(parse_config({"model": {"path": "/nowhere"}}))
+
+
+def test_arguments_that_nest_too_deep_to_be_written_again_are_refused() -> None:
+    refusals: list[ApiError] = []
+    for depth in (1, 100, *range(850, 1010)):
+        call = {
+            "id": "a",
+            "type": "function",
+            "function": {"name": "f", "arguments": '{"a":' * depth + "1" + "}" * depth},
+        }
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            order, _ = chat(messages=[*HELLO, message])
+        except ApiError as error:
+            refusals.append(error)
+        else:
+            assert order.prompt_bound_tokens > 2 * 6 * depth
+    assert {(error.status, error.param) for error in refusals} == {(400, "messages")}
+
+
+def test_a_request_has_at_most_128_answers() -> None:
+    assert completion(prompt=["a"] * 64, n=2)[0].num_sequences == 128
+    for prompts, n, param in ((64, 3, "n"), (129, 1, "prompt")):
+        with pytest.raises(ApiError) as caught:
+            completion(prompt=["a"] * prompts, n=n)
+        assert (caught.value.status, caught.value.param) == (400, param)

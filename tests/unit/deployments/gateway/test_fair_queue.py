@@ -336,3 +336,61 @@ def test_places_are_never_lost_nor_left_free(
         assert (queue.num_queued, queue.num_running) == (0, 0)
 
     asyncio.run(run())
+
+
+async def test_a_request_takes_as_many_places_as_it_has_answers() -> None:
+    queue = make_queue(8, share=0.25)
+    large = await queue.acquire("a", 1, 10, num_places=4)
+    second = asyncio.ensure_future(queue.acquire("a", 1, 10, num_places=3))
+    await settle()
+    assert not second.done()  # a team may have 6 places
+    other = await queue.acquire("b", 1, 10, num_places=2)
+    large.release()
+    await second
+    assert (queue.num_running, queue._num_taken) == (2, 5)
+    (await second).release()
+    other.release()
+    huge = await queue.acquire("a", 1, 10, num_places=1000)
+    assert queue._num_taken == 6
+    huge.release()
+    assert (queue.num_running, queue._num_taken) == (0, 0)
+
+
+async def test_small_requests_do_not_starve_a_large_one_nor_wait_for_it_without_need() -> None:
+    queue = make_queue(8)
+    small = [await queue.acquire("b", 1, 100) for _ in range(6)]
+    large = asyncio.ensure_future(queue.acquire("a", 1, 1, num_places=6))
+    await settle()
+    third = asyncio.ensure_future(queue.acquire("c", 1, 1))
+    await settle()
+    assert not large.done()
+    assert not third.done()
+    for ticket in small[:5]:
+        ticket.release()
+    await settle()
+    assert large.done()
+    assert third.done()
+    more = asyncio.ensure_future(queue.acquire("c", 1, 1))
+    await settle()
+    assert not more.done()
+    more.cancel()
+
+
+async def test_who_comes_to_a_busy_server_is_lifted_to_who_runs() -> None:
+    queue = make_queue(4)
+    running = await queue.acquire("a", 1, 10)
+    running.served(1000)  # long after it was given its place
+    await queue.acquire("b", 1, 10)
+    assert queue._teams["b"].counter == 1010
+    running.served(500)
+    await queue.acquire("c", 1, 10)
+    assert queue._teams["c"].counter == 1020  # the lowest of those that run
+
+
+async def test_who_comes_to_an_idle_server_is_lifted_to_whom_it_served_last() -> None:
+    queue = make_queue(4)
+    ticket = await queue.acquire("a", 1, 10)
+    ticket.served(1000)
+    ticket.release()
+    await queue.acquire("b", 1, 10)
+    assert queue._teams["b"].counter == 1010

@@ -17,12 +17,14 @@ from deployments.gateway.admission import Order
 from deployments.gateway.gateway import Gateway
 from deployments.gateway.refusals import Refusal
 from deployments.gateway.soft_budgets import SoftBudgets
+from deployments.gateway.telemetry import Telemetry
+from monitoring.declaration import MAX_TEAMS
 from monitoring.ledger import BudgetState, Ledger, LedgerError, Limits
 from monitoring.messages import Ack, ClusterView, Push
 from monitoring.prices import PriceError, PriceTable
 from monitoring.usage import Principal
 from tests.postgres import PostgresCluster, postgres_cluster
-from tests.unit.deployments.gateway.harness import HELLO, PRICE, Site, running, until
+from tests.unit.deployments.gateway.harness import HELLO, MODEL, PRICE, Site, running, until
 
 __all__ = ["postgres_cluster"]
 
@@ -48,6 +50,9 @@ async def test_weights_of_teams_are_known_to_the_queue(site: Site) -> None:
     gateway = await Gateway.open(site.config)
     try:
         await until(lambda: gateway._weights == {"heavy": 3})
+        sample = gateway.telemetry.metrics.registry.get_sample_value
+        labels = {"model": MODEL, "team": "heavy", "outcome": "ok"}
+        assert sample("moonshard_requests_total", labels) == 0  # it has not asked yet
         ticket = await gateway.place("heavy", ORDER)
         assert gateway.queue._teams["heavy"].counter == pytest.approx(100 / 3)
         gateway.returned(ticket)
@@ -81,6 +86,15 @@ async def test_budgets_are_gauges_that_go_with_the_budget(site: Site) -> None:
         assert sample("moonshard_budget_limit_usd", labels) is None
     finally:
         await gateway.close()
+
+
+def test_labels_are_for_teams_that_ask_when_there_are_more_than_labels() -> None:
+    telemetry = Telemetry("m")
+    telemetry.teams([f"team-{number}" for number in range(MAX_TEAMS + 1)])
+    assert telemetry.metrics.team_label("another") == "another"
+    telemetry.arrived("another")
+    counts = telemetry.metrics.totals().counts
+    assert {team for _, team, _ in counts["requests"]} == {"another"}
 
 
 def test_a_soft_budget_is_reported_once_a_period(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.gateway.passage import Ending
 from monitoring.ledger import Limits
 from monitoring.usage import TokenCount
 from tests.unit.deployments.gateway.harness import (
@@ -47,6 +48,31 @@ async def test_a_whole_answer_comes_without_its_count(site: Site) -> None:
     assert answer.json()["usage"]["completion_tokens"] == 2
     assert outcome(site, "ok") == 1
     assert site.gateway.queue.num_running == 0
+
+
+async def test_all_that_may_be_counted_of_a_team_is_there_at_0_before(site: Site) -> None:
+    sample = site.gateway.telemetry.metrics.registry.get_sample_value
+    assert sample("moonshard_time_to_first_token_seconds_count", {"model": MODEL}) == 0
+    go = asyncio.Event()
+
+    async def slow(body: Any) -> AsyncGenerator[Any, None]:
+        await go.wait()
+        async for item in plain_answer(body):
+            yield item
+
+    site.router.answer = slow
+    labels = {"model": MODEL, "team": "research"}
+    async with site.client(site.key()) as client:
+        task = asyncio.ensure_future(client.post(CHAT, json=SHORT))
+        await until(lambda: bool(site.router.calls))
+        for ending in get_args(Ending):
+            assert sample(REQUESTS, {**labels, "outcome": ending}) == 0
+        for kind in ("prompt", "cached", "completion", "reasoning"):
+            assert sample("moonshard_tokens_total", {**labels, "kind": kind}) == 0
+        for basis in ("list", "experts"):
+            assert sample("moonshard_cost_usd_total", {**labels, "basis": basis}) == 0
+        go.set()
+        assert (await task).status_code == 200
 
 
 async def test_a_stream_comes_without_its_counts(site: Site) -> None:

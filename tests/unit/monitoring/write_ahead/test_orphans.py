@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from monitoring.usage import UsageRecord
-from monitoring.write_ahead import Outbox, UsageLog, orphans
+from monitoring.write_ahead import Outbox, SlotFile, UsageLog, orphans
 from tests.unit.monitoring.write_ahead.records import record
 
 REPO_ROOT = Path(__file__).resolve().parents[4]
@@ -191,3 +191,79 @@ def test_a_full_disk_keeps_records_in_their_slots_until_there_is_room(
     log.retry()
     assert (log.num_pending, log.num_open, numbers(log.pending(5))) == (2, 0, [1, 2])
     assert "cannot write" in caplog.text
+
+
+@pytest.mark.parametrize("broken", ["slots", "outbox"])
+def test_a_flush_that_fails_is_tried_again_and_keeps_nothing_else_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    flushed: list[str] = []
+
+    def flush(name: str) -> None:
+        flushed.append(name)
+        if name == broken:
+            raise OSError(errno.EIO, "Input/output error")
+
+    log = UsageLog.create(tmp_path, "r")
+    log.finish(log.open_slot(record(1)), "ok")
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotFile, "flush", lambda _: flush("slots"))
+        patch.setattr(Outbox, "flush", lambda _: flush("outbox"))
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output"):
+                log.flush()
+        assert flushed == ["slots", "outbox"] * 2
+        broken = ""
+        log.flush()
+        log.flush()
+        assert flushed == ["slots", "outbox"] * 3, "there is nothing to flush"
+    log.close()
+
+
+@pytest.mark.parametrize("broken", [".slots", ".outbox"])
+def test_files_that_cannot_be_removed_are_not_kept_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    leave(tmp_path, 1, finished=1, running=0)
+    unlink = Path.unlink
+
+    def fail(path: Path, *, missing_ok: bool = False) -> None:
+        if path.suffix == broken:
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            deliver(tmp_path)
+    assert deliver(tmp_path) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scan_that_fails_gives_back_what_it_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(tmp_path, 1, finished=1, running=0)
+    leave(tmp_path, 2, finished=1, running=0)
+    num_opened = 0
+    open_outbox = Outbox.open
+
+    def fail(path: Path) -> Outbox:
+        nonlocal num_opened
+        num_opened += 1
+        if num_opened == 2:
+            raise MemoryError
+        return open_outbox(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Outbox, "open", fail)
+        with pytest.raises(MemoryError):
+            orphans(tmp_path)
+    assert sorted(numbers(deliver(tmp_path))) == [1, 2]
+
+
+def test_a_process_killed_while_it_made_its_outbox_shorter_leaves_no_file(tmp_path: Path) -> None:
+    slots = leave(tmp_path, 1, finished=2, running=0)
+    slots.with_suffix(".outbox.new").write_bytes(b"half of it")
+    assert numbers(deliver(tmp_path)) == [1, 2]
+    assert not list(tmp_path.iterdir())
