@@ -11,13 +11,11 @@ import httpx
 import sqlalchemy as sa
 
 from tests.mixed_load import Asked
-from tests.serving import Server, wait_until
+from tests.serving import RAY_METRICS_PERIOD_S, Server, wait_until
 
 __all__ = ["Book", "generated_tokens", "read_usage"]
 
 _METRIC = "ray_vllm_generation_tokens_total"
-# Ray's processes report their metrics every ten seconds.
-_METRICS_PERIOD_S = 10.0
 _SETTLE_TIMEOUT_S = 90.0
 
 
@@ -28,7 +26,7 @@ def generated_tokens(server: Server) -> int:
     while (now := int(server.ray_metric(_METRIC))) != before:
         assert time.monotonic() < deadline, "tokens are still being generated"
         before = now
-        time.sleep(1.3 * _METRICS_PERIOD_S)
+        time.sleep(4 * RAY_METRICS_PERIOD_S)
     return now
 
 

@@ -31,6 +31,7 @@ from deployments.cli.instances import find_instance
 __all__ = [
     "MODEL",
     "MOONSHARD",
+    "RAY_METRICS_PERIOD_S",
     "START_TIMEOUT_S",
     "Server",
     "free_port",
@@ -40,6 +41,8 @@ __all__ = [
 
 MOONSHARD = Path(sys.executable).with_name("moonshard")
 START_TIMEOUT_S = 420.0
+RAY_METRICS_PERIOD_S = 1.0
+"""How often Ray's processes report their metrics."""
 STOP_TIMEOUT_S = 90.0
 MODEL = "kimi-nano"
 
@@ -200,7 +203,11 @@ def start_server(folder: Path, changes: dict[str, dict[str, Any]]) -> Server:
             [str(MOONSHARD), "serve", str(path)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "RAY_metrics_report_interval_ms": str(int(1e3 * RAY_METRICS_PERIOD_S)),
+            },
             start_new_session=True,
         )
     return Server(port, process, log, checkpoint, path)

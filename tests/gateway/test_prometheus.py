@@ -76,8 +76,7 @@ def lacking(prometheus: Prometheus, one: Expression, now: float) -> str:
 
 
 async def test_every_panel_and_rule_has_data(gateway: Gateway, prometheus: Prometheus) -> None:
-    await traffic(gateway, 45)
-    # Ray's processes report every ten seconds.
+    await traffic(gateway, 25)
     await asyncio.to_thread(prometheus.wait_for, "ray_vllm_generation_tokens_total", 60)
     await traffic(gateway, 15)
     now = time.time()
