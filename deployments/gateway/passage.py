@@ -20,6 +20,7 @@ Ending = Literal["ok", "client_error", "rejected", "client_closed", "server_erro
 """How a request ended; label of `moonshard_requests_total`."""
 
 _UNKNOWN_MODEL = "unknown"
+_TIGHTEN_AFTER_S = 1.0
 _LEAVE_TIMEOUT_S = 2.0
 
 
@@ -80,6 +81,7 @@ class Passage:
         self._ticket: Ticket | None = None
         self._count = TokenCount()
         self._counted_at: float | None = None
+        self._begun_at = 0.0
         self._is_tightened = False
         self._is_parallel_limited = False
         self._leaving: asyncio.Task[None] | None = None
@@ -170,20 +172,26 @@ class Passage:
         before, self._count = self._count, count
         if self._ticket is not None:
             self._ticket.served(_computed(count) - _computed(before))
+        if is_stream:
+            self._tighten(count.prompt)
+            self._time(count.completion - before.completion)
+
+    def _tighten(self, num_prompt_tokens: int) -> None:
         # Prompts are counted each at its own first token: of several, some may still be missing.
         is_whole = self._order is not None and self._order.num_prompts == 1
-        if count.prompt and is_whole and not self._is_tightened:
+        if self._is_tightened or not is_whole or not num_prompt_tokens:
+            return
+        # Most requests are settled before that: it would be a transaction for nothing.
+        if self._counted_at is not None and self._clock() - self._begun_at >= _TIGHTEN_AFTER_S:
             self._is_tightened = True
-            self._desk.tighten(self.request_id, count.prompt)
-        if is_stream:
-            self._time(count.completion - before.completion)
+            self._desk.tighten(self.request_id, num_prompt_tokens)
 
     def _time(self, num_new: int) -> None:
         assert self._order is not None
         now, telemetry, model = self._clock(), self._desk.telemetry, self._order.model
         if self._counted_at is None:
             telemetry.first_token(model, now - self._arrived_at)
-            self._counted_at = now
+            self._begun_at = self._counted_at = now
         elif num_new > 0:
             # Choices are generated side by side: each has a token in the time of one.
             num_parallel = self._order.num_sequences

@@ -74,7 +74,11 @@ def test_no_token_file_means_no_token() -> None:
 
 
 def test_overrides_name_our_loader_and_cut_cuda_graphs_around_the_experts() -> None:
-    assert engine_overrides("cpu") == {"load_format": "moonshard", "tensor_parallel_size": 1}
+    assert engine_overrides("cpu") == {
+        "load_format": "moonshard",
+        "tensor_parallel_size": 1,
+        "worker_cls": "routing.vllm_plugin.cpu_worker.Worker",
+    }
     with pytest.raises(ValueError, match="expected cpu or cuda"):
         engine_overrides("tpu")
 

@@ -103,8 +103,10 @@ async def test_what_a_request_may_cost_is_set_aside_then_tightened_then_settled(
     go = asyncio.Event()
 
     async def slow(_: Any) -> AsyncGenerator[Any, None]:
-        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1)]
-        await go.wait()
+        count = TokenCount(prompt=3, completion=1)
+        while not go.is_set():  # tightened once it has run for a while
+            yield ["data: 1\n\n", count]
+            await asyncio.sleep(0.05)
         yield ["data: 2\n\n", TokenCount(prompt=3, completion=2)]
 
     site.router.answer = slow
