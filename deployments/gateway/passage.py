@@ -172,17 +172,20 @@ class Passage:
         before, self._count = self._count, count
         if self._ticket is not None:
             self._ticket.served(_computed(count) - _computed(before))
+        self._tighten(count.prompt, is_stream=is_stream)
         if is_stream:
-            self._tighten(count.prompt)
             self._time(count.completion - before.completion)
 
-    def _tighten(self, num_prompt_tokens: int) -> None:
+    def _tighten(self, num_prompt_tokens: int, *, is_stream: bool) -> None:
         # Prompts are counted each at its own first token: of several, some may still be missing.
         is_whole = self._order is not None and self._order.num_prompts == 1
         if self._is_tightened or not is_whole or not num_prompt_tokens:
             return
-        # Most requests are settled before that: it would be a transaction for nothing.
-        if self._counted_at is not None and self._clock() - self._begun_at >= _TIGHTEN_AFTER_S:
+        # Most streams are settled before that: it would be a transaction for nothing.
+        has_run = self._counted_at is not None and (
+            self._clock() - self._begun_at >= _TIGHTEN_AFTER_S
+        )
+        if has_run or not is_stream:
             self._is_tightened = True
             self._desk.tighten(self.request_id, num_prompt_tokens)
 
