@@ -10,7 +10,14 @@ from typing import Any
 
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 
-from deployments.errors import ApiError, experts_unavailable, from_engine, internal_error
+from deployments.errors import (
+    DONE_EVENT,
+    ERROR_EVENT,
+    ApiError,
+    experts_unavailable,
+    from_engine,
+    internal_error,
+)
 from deployments.guard import ExpertsGuard, ExpertsUnavailable
 
 __all__ = ["Answers", "to_api_error", "with_both_reasoning_names"]
@@ -19,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 # A bare quote cannot stand inside a JSON string, so this only ever matches the key itself.
 _REASONING_PATTERN = re.compile(r'"reasoning":\s*(null|"(?:[^"\\]|\\.)*")')
-_ERROR_EVENT = 'data: {"error"'
-_DONE_EVENT = "data: [DONE]\n\n"
 
 
 class Answers:
@@ -68,7 +73,7 @@ class Answers:
         if isinstance(item, ErrorResponse):
             info = item.error
             return self._translate(info.code, info.message, info.param)
-        if isinstance(item, str) and item.startswith(_ERROR_EVENT):
+        if isinstance(item, str) and item.startswith(ERROR_EVENT):
             info = json.loads(item.removeprefix("data: "))["error"]
             return self._translate(info["code"], info["message"], info.get("param"))
         return None
@@ -91,7 +96,7 @@ def with_both_reasoning_names(item: Any) -> Any:
 
 
 def _end(error: ApiError, begun: bool) -> Any:
-    return error.event() + _DONE_EVENT if begun else _error_response(error)
+    return error.event() + DONE_EVENT if begun else _error_response(error)
 
 
 def to_api_error(response: ErrorResponse) -> ApiError:

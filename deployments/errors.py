@@ -14,6 +14,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 __all__ = [
+    "DONE_EVENT",
+    "ERROR_EVENT",
     "RETRY_AFTER_S",
     "ApiError",
     "bad_request",
@@ -88,6 +90,13 @@ _HINTS = (
 )
 _MEDIA_PATTERN = re.compile(r"multi-?modal|image|audio|video|vision", re.IGNORECASE)
 _NAMED_FIELD_PATTERN = re.compile(r"^\W*([a-z_]+)\b|`([a-z_]+)`")
+
+
+ERROR_EVENT = 'data: {"error"'
+"""How the event of an error begins in a stream, and no other."""
+
+DONE_EVENT = "data: [DONE]\n\n"
+"""How a stream ends."""
 
 
 class ApiError(Exception):

@@ -13,15 +13,19 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from deployments.errors import ApiError, experts_unavailable, internal_error, timed_out
+from deployments.errors import (
+    DONE_EVENT,
+    ERROR_EVENT,
+    ApiError,
+    experts_unavailable,
+    internal_error,
+    timed_out,
+)
 from deployments.gateway.passage import Ending, Passage
 
 __all__ = ["EventStream", "ending_of", "failure", "first_of", "never_sent"]
 
 logger = logging.getLogger(__name__)
-
-_DONE_EVENT = "data: [DONE]\n\n"
-_ERROR_EVENT = 'data: {"error"'
 
 
 class EventStream(StreamingResponse):
@@ -64,8 +68,8 @@ class EventStream(StreamingResponse):
         is_wrong = False
         while True:
             if events:
-                is_wrong = is_wrong or any(event.startswith(_ERROR_EVENT) for event in events)
-                if _DONE_EVENT in events:
+                is_wrong = is_wrong or any(event.startswith(ERROR_EVENT) for event in events)
+                if DONE_EVENT in events:
                     await self._passage.leave()
                 yield "".join(events)
             try:
@@ -74,12 +78,12 @@ class EventStream(StreamingResponse):
             except TimeoutError:
                 self._passage.end("timeout")
                 await self._passage.leave()
-                yield timed_out(self._timeout_s).event() + _DONE_EVENT
+                yield timed_out(self._timeout_s).event() + DONE_EVENT
                 return
             except Exception as error:  # noqa: BLE001 - the process boundary; `failure` logs it
                 self._passage.end("server_error")
                 await self._passage.leave()
-                yield failure(error).event() + _DONE_EVENT
+                yield failure(error).event() + DONE_EVENT
                 return
             if batch is None:
                 self._passage.end("server_error" if is_wrong else "ok")

@@ -9,11 +9,10 @@ from typing import Any
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.accounting.account import RequestAccount
+from deployments.errors import ERROR_EVENT
 from monitoring.usage import Outcome
 
 __all__ = ["metered"]
-
-_ERROR_EVENT = 'data: {"error"'
 
 
 async def metered(
@@ -72,5 +71,5 @@ async def _next(answer: AsyncGenerator[Any, None]) -> Any:
 
 def _is_error(item: Any) -> bool:
     if isinstance(item, str):
-        return item.startswith(_ERROR_EVENT)
+        return item.startswith(ERROR_EVENT)
     return isinstance(item, ErrorResponse)

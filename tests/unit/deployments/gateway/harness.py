@@ -35,7 +35,10 @@ from monitoring.usage import TokenCount, UsageRecord
 
 MODEL = "kimi-nano"
 CONTEXT = 4096
+CHAT = "/v1/chat/completions"
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+SHORT = {**HELLO, "max_tokens": 10}
+STREAM = {**SHORT, "stream": True}
 PRICE = {"model": "*", "from": "2020-01-01", "input": 1, "cached_input": 1, "output": 1}
 """1,000 nano-USD for every token."""
 

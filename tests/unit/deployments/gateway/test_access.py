@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from deployments.gateway.access import ACCESS, Access, access_to
-from tests.unit.deployments.gateway.harness import HELLO, Site, ask_raw, build_app, running
+from tests.unit.deployments.gateway.harness import HELLO, Site, ask_raw, build_app
 
 DOCS = Path(__file__).parents[4] / "docs" / "gateway.md"
 BEARER = b"authorization"
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
 
 
 def test_the_table_names_exactly_the_routes_that_there_are() -> None:

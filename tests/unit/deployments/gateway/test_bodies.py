@@ -5,23 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments.gateway.bodies import Bodies
 from deployments.gateway.refusals import Refusal
-from tests.unit.deployments.gateway.harness import HELLO, MODEL, Site, ask_raw, running, until
-
-CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
+from tests.unit.deployments.gateway.harness import CHAT, HELLO, MODEL, Site, ask_raw, until
 
 
 async def test_bodies_that_are_held_have_a_common_limit() -> None:

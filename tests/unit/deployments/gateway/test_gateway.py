@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +36,6 @@ ORDER = Order(
     prompt_bound_tokens=10,
     max_tokens=90,
 )
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
 
 
 async def test_weights_of_teams_are_known_to_the_queue(site: Site) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from deployments.gateway.gateway import Gateway
 from monitoring.ledger import Limits
 from monitoring.usage import TokenCount
 from tests.unit.deployments.gateway.harness import (
-    HELLO,
+    CHAT,
     MODEL,
+    SHORT,
+    STREAM,
     Site,
     ask_raw,
     plain_answer,
@@ -28,16 +30,7 @@ from tests.unit.deployments.gateway.harness import (
     until,
 )
 
-CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-SHORT = {**HELLO, "max_tokens": 10}
-STREAM = {**SHORT, "stream": True}
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
 
 
 async def test_the_first_of_several_prompts_does_not_stand_for_all(site: Site) -> None:

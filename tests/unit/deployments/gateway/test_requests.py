@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -17,8 +16,11 @@ from deployments.gateway.passage import Ending
 from monitoring.ledger import Limits
 from monitoring.usage import TokenCount
 from tests.unit.deployments.gateway.harness import (
+    CHAT,
     HELLO,
     MODEL,
+    SHORT,
+    STREAM,
     Site,
     ask_raw,
     plain_answer,
@@ -26,16 +28,7 @@ from tests.unit.deployments.gateway.harness import (
     until,
 )
 
-CHAT = "/v1/chat/completions"
 REQUESTS = "moonshard_requests_total"
-SHORT = {**HELLO, "max_tokens": 10}
-STREAM = {**SHORT, "stream": True}
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
 
 
 def outcome(site: Site, name: str, team: str = "research") -> float:

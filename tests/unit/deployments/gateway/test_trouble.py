@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import pytest
 from monitoring.ledger import LedgerUnavailable, Limits
 from monitoring.usage import TokenCount
 from tests.unit.deployments.gateway.harness import (
+    CHAT,
     CONTEXT,
     HELLO,
     MODEL,
+    SHORT,
+    STREAM,
     Site,
     ask_raw,
     plain_answer,
@@ -23,16 +26,7 @@ from tests.unit.deployments.gateway.harness import (
     until,
 )
 
-CHAT = "/v1/chat/completions"
 REQUESTS = "moonshard_requests_total"
-SHORT = {**HELLO, "max_tokens": 10}
-STREAM = {**SHORT, "stream": True}
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with running(tmp_path) as site:
-        yield site
 
 
 def outcome(site: Site, name: str, team: str = "research") -> float:
