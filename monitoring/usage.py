@@ -38,7 +38,7 @@ ANONYMOUS = Principal(key_id="anonymous", team="anonymous", name="anonymous", is
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """Tokens of one request so far. The router sends it along with what it streams.
+    """Tokens of one request so far. The router sends it, as a list, with what it streams.
 
     Attributes:
         prompt: tokens of all its prompts, once each, however many choices; 0 until a prompt's
@@ -52,6 +52,10 @@ class TokenCount:
     cached: int = 0
     completion: int = 0
     reasoning: int = 0
+
+    def to_list(self) -> list[int]:
+        """In the order of the attributes: Ray sends it for a fraction of what an object costs."""
+        return [self.prompt, self.cached, self.completion, self.reasoning]
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,9 @@ def start_server(folder: Path, changes: dict[str, dict[str, Any]]) -> Server:
                 **os.environ,
                 "PYTHONUNBUFFERED": "1",
                 "RAY_metrics_report_interval_ms": str(int(1e3 * RAY_METRICS_PERIOD_S)),
+                # Ray drops a gauge that was not set for two of those periods, so those of
+                # its nodes (every 5 s by default) must be set as often.
+                "REPORTER_UPDATE_INTERVAL_MS": str(int(1e3 * RAY_METRICS_PERIOD_S)),
             },
             start_new_session=True,
         )

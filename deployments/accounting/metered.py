@@ -20,8 +20,8 @@ async def metered(
 ) -> AsyncGenerator[Any, None]:
     """Passes an answer on and keeps the account of its request.
 
-    A list of events gets a `TokenCount` as its last element; before a whole answer one goes by
-    itself; an error that is all of an answer stays alone.
+    A list of events gets a count (`TokenCount.to_list`) as its last element; before a whole answer
+    goes a list with nothing but the count; an error that is all of an answer stays alone.
 
     Args:
         answer: the answer of a router replica; it has not begun.
@@ -41,11 +41,11 @@ async def metered(
                 break
             if isinstance(item, list):
                 is_wrong = is_wrong or any(map(_is_error, item))
-                item.append(account.count)
+                item.append(account.count.to_list())
             elif _is_error(item):
                 is_wrong = True
             else:
-                yield account.count
+                yield [account.count.to_list()]
             yield item
         outcome = "error" if is_wrong else "ok"
     except Exception:

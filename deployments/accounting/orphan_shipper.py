@@ -21,7 +21,8 @@ Send = Callable[[list[UsageRecord]], Awaitable[None]]
 """Returns when the ledger has the records; raises when it may not have them."""
 
 _BATCH_RECORDS = 500
-_LINGER_S = 0.02
+# From one batch to the next, at least: under load requests end faster than calls are cheap.
+_LINGER_S = 0.25
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 5.0
 _MAX_DRAIN_PAUSE_S = 0.5
@@ -163,12 +164,12 @@ class OrphanShipper:
             self._note_backlog()
             return False
         source, records = batch
-        self._sent_at = self._monotonic()
         try:
             await self._send(records)
         except Exception as error:  # noqa: BLE001 - whatever it is, the records must get there
             await self._pause(error)
             return True
+        self._sent_at = self._monotonic()
         with self._watched(source):
             source.acknowledge(len(records))
             if isinstance(source, Orphan) and not source.num_pending:

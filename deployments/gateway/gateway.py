@@ -64,6 +64,10 @@ _BUDGETS_INTERVAL_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
 # Beyond the request's own end: time for its record to come in.
 _EXPIRY_MARGIN_S = 60.0
+# A call that was cancelled on its way may never have reached a router, and then leaves no record.
+# One that did leaves it within seconds, unless its node is cut off from this one for so long.
+_ABANDONED_HOLD_S = 60.0
+_TIGHTEN_LINGER_S = 0.25
 _FIRST_MEAN_TOKENS = 256.0
 _MEAN_SHARE = 0.05
 _TIDYING = "tidying"
@@ -117,6 +121,7 @@ class Gateway:
             if send is not None
             else None
         )
+        self._counted_prompts: dict[str, int] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -285,8 +290,11 @@ class Gateway:
         self._note_places()
 
     def tighten(self, request_id: str, num_prompt_tokens: int) -> None:
-        """Set aside no more for the prompt than it has; in the background."""
-        self._tidy(lambda: self._ledger.tighten(request_id, num_prompt_tokens))
+        """Set aside no more for the prompt than it has; in the background, with those of the
+        next moments."""
+        if not self._counted_prompts:
+            self._spawn(self._tighten_soon(), _TIDYING)
+        self._counted_prompts[request_id] = num_prompt_tokens
 
     def cancel(self, request_id: str) -> None:
         """Set nothing aside any more; in the background."""
@@ -295,6 +303,10 @@ class Gateway:
     def leave(self, request_id: str) -> asyncio.Task[None]:
         """Count it among the open requests no more; in the background."""
         return self._tidy(lambda: self._ledger.end(request_id))
+
+    def abandon(self, request_id: str) -> asyncio.Task[None]:
+        """Count it among the open requests no more, and wait for its record only so long."""
+        return self._tidy(lambda: self._ledger.abandon(request_id, _ABANDONED_HOLD_S))
 
     async def confirm(self, digest: bytes | None) -> None:
         """Whether a key still holds.
@@ -305,14 +317,19 @@ class Gateway:
         await self.door.confirm(digest)
 
     def _tidy(self, call: Callable[[], None]) -> asyncio.Task[None]:
-        async def tidy() -> None:
-            try:
-                await self._calls.run("requests", call, _TIDY_TIMEOUT_S)
-            except LedgerUnavailable:
-                # Too much stays set aside, until the request's record comes or it expires.
-                logger.warning("a reservation could not be changed: the database is away")
+        return self._spawn(self._change_reservations(call), _TIDYING)
 
-        return self._spawn(tidy(), _TIDYING)
+    async def _tighten_soon(self) -> None:
+        await asyncio.sleep(_TIGHTEN_LINGER_S)
+        prompts, self._counted_prompts = self._counted_prompts, {}
+        await self._change_reservations(lambda: self._ledger.tighten(prompts))
+
+    async def _change_reservations(self, call: Callable[[], None]) -> None:
+        try:
+            await self._calls.run("requests", call, _TIDY_TIMEOUT_S)
+        except LedgerUnavailable:
+            # Too much stays set aside, until the request's record comes or it expires.
+            logger.warning("a reservation could not be changed: the database is away")
 
     async def _lookup(self, hashes: Sequence[bytes]) -> dict[bytes, Principal]:
         return await self._calls.run(

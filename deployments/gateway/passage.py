@@ -19,6 +19,7 @@ __all__ = ["Desk", "Ending", "Passage"]
 Ending = Literal["ok", "client_error", "rejected", "client_closed", "server_error", "timeout"]
 """How a request ended; label of `moonshard_requests_total`."""
 
+_GIVEN_UP: frozenset[Ending] = frozenset({"client_closed", "timeout"})
 _UNKNOWN_MODEL = "unknown"
 _TIGHTEN_AFTER_S = 1.0
 _LEAVE_TIMEOUT_S = 2.0
@@ -48,6 +49,9 @@ class Desk(Protocol):
 
     def leave(self, request_id: str) -> asyncio.Task[None]:
         """Count it among the open requests no more; done when that is written down."""
+
+    def abandon(self, request_id: str) -> asyncio.Task[None]:
+        """As `leave`, for one that no router has shown a sign of."""
 
     async def confirm(self, digest: bytes | None) -> None:
         """Whether a key still holds; raises `Refusal`."""
@@ -136,12 +140,10 @@ class Passage:
 
     def take(self, item: Any) -> Any:
         """An item of the router's without the count that came with it; None for a count alone."""
-        if isinstance(item, TokenCount):
-            self._counted(item, is_stream=False)
-            return None
-        if isinstance(item, list) and item and isinstance(item[-1], TokenCount):
-            count = item.pop()
+        if isinstance(item, list) and item and isinstance(item[-1], list):
+            count = TokenCount(*item.pop())
             self._counted(count, is_stream=bool(item))
+            return item or None
         return item
 
     def end(self, ending: Ending, *, was_sent: bool = True) -> None:
@@ -159,6 +161,8 @@ class Passage:
             # until it comes, or the reservation's own time is over, the money stays set aside.
             if not was_sent:
                 self._desk.cancel(self.request_id)
+            elif ending in _GIVEN_UP and self._count == TokenCount():
+                self._leaving = self._desk.abandon(self.request_id)
         self._start_leaving()
         model = self._order.model if self._order else _UNKNOWN_MODEL
         duration_s = self._clock() - self._arrived_at
@@ -191,15 +195,15 @@ class Passage:
 
     def _time(self, num_new: int) -> None:
         assert self._order is not None
-        now, telemetry, model = self._clock(), self._desk.telemetry, self._order.model
+        now, telemetry = self._clock(), self._desk.telemetry
         if self._counted_at is None:
-            telemetry.first_token(model, now - self._arrived_at)
+            telemetry.first_token(self._order.model, now - self._arrived_at)
             self._begun_at = self._counted_at = now
         elif num_new > 0:
             # Choices are generated side by side: each has a token in the time of one.
             num_parallel = self._order.num_sequences
             gap_s = (now - self._counted_at) * num_parallel / num_new
-            telemetry.next_tokens(model, num_new, gap_s)
+            telemetry.next_tokens(num_new, gap_s)
             self._counted_at = now
 
 

@@ -35,6 +35,8 @@ class Telemetry:
         self._teams: set[str] = set()
         for name in _BY_MODEL:
             self.metrics.begin(name, model=model)
+        # For every token: looking the series up costs as much as the count itself.
+        self._inter_token_latency = self.metrics.inter_token_latency_seconds.labels(model=model)
 
     def arrived(self, team: str) -> None:
         """A request of a team has come: from here on all that may become of it has series."""
@@ -68,11 +70,10 @@ class Telemetry:
         """A stream has begun."""
         self.metrics.time_to_first_token_seconds.labels(model=model).observe(since_arrival_s)
 
-    def next_tokens(self, model: str, num_tokens: int, gap_s: float) -> None:
-        """That many tokens came, each so long after the one before."""
-        latency = self.metrics.inter_token_latency_seconds.labels(model=model)
+    def next_tokens(self, num_tokens: int, gap_s: float) -> None:
+        """That many more tokens came, each so long after the one before."""
         for _ in range(min(num_tokens, _MAX_OBSERVATIONS)):
-            latency.observe(gap_s)
+            self._inter_token_latency.observe(gap_s)
 
     def ended(self, model: str, team: str, outcome: str, duration_s: float) -> None:
         """A request is over."""

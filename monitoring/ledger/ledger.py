@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from monitoring.ledger.admission import Admission, AdmissionRequest, Admitter, PriceList
@@ -99,15 +99,16 @@ class Ledger:
             return Admission()
         return admission
 
-    def tighten(self, request_id: str, prompt_tokens: int) -> None:
-        """Shrink a reservation: the prompts are counted. It never grows.
+    def tighten(self, prompt_tokens: Mapping[str, int]) -> None:
+        """Shrink reservations: the prompts are counted. None ever grows.
 
         Args:
-            request_id: of an admitted request; one without a reservation is left alone.
-            prompt_tokens: of all its prompts, once each.
+            prompt_tokens: id of an admitted request -> tokens of all its prompts, once each;
+                requests without a reservation are left alone.
         """
-        if request_id not in self._unreserved:
-            self._reservations.tighten(request_id, prompt_tokens)
+        self._reservations.tighten(
+            {one: n for one, n in prompt_tokens.items() if one not in self._unreserved}
+        )
 
     def cancel(self, request_id: str) -> None:
         """Give back all that was taken for a request that never reached an engine. Idempotent."""
@@ -118,6 +119,14 @@ class Ledger:
         """Count a request among the parallel ones no more; what it may cost stays set aside."""
         if request_id not in self._unreserved:
             self._reservations.end(request_id)
+
+    def abandon(self, request_id: str, hold_s: float) -> None:
+        """As `end`, and give back what was set aside if no record comes for `hold_s` seconds.
+
+        For a request that nobody waits for any more, and of which no router has shown a sign.
+        """
+        if request_id not in self._unreserved:
+            self._reservations.abandon(request_id, self._clock() + hold_s)
 
     def settle(self, records: Sequence[UsageRecord]) -> list[Settled]:
         """Write usage down and charge it, each request once however often it is sent.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
+from sqlalchemy import bindparam
 from sqlalchemy.engine import Connection
 
 from monitoring.ledger.budgets import BudgetChange, BudgetRows
@@ -21,6 +22,12 @@ __all__ = ["Reservation", "ReservationRows"]
 _EXPIRED_AT_ONCE = 200
 
 _COLUMNS = reservations.c
+
+_SHRINK = (
+    sa.update(reservations)
+    .where(_COLUMNS.request_id == bindparam("b_request_id"))
+    .values(reserved_nano_usd=bindparam("b_nano_usd"), reserved_tokens=bindparam("b_tokens"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,31 +118,35 @@ class ReservationRows:
         condition = _COLUMNS.request_id.in_(sorted(request_ids))
         return self._take(connection, condition)
 
-    def tighten(self, request_id: str, prompt_tokens: int) -> None:
+    def tighten(self, prompt_tokens: Mapping[str, int]) -> None:
         """See `Ledger.tighten`."""
-        prompt_tokens = min(max(prompt_tokens, 0), MAX_AMOUNT)
-        query = sa.select(reservations).where(_COLUMNS.request_id == request_id)
+        if not prompt_tokens:
+            return
+        wanted = _COLUMNS.request_id.in_(sorted(prompt_tokens))
+        query = sa.select(reservations).where(wanted).order_by(_COLUMNS.request_id)
 
         def shrink(connection: Connection) -> None:
-            row = connection.execute(query.with_for_update()).first()
-            if row is None:
-                return
-            before = Reservation(**row._mapping)
-            after = before.tightened(prompt_tokens)
-            if after == before:
-                return
-            connection.execute(
-                sa.update(reservations)
-                .where(_COLUMNS.request_id == request_id)
-                .values(
-                    reserved_nano_usd=after.reserved_nano_usd,
-                    reserved_tokens=after.reserved_tokens,
+            money: list[BudgetChange] = []
+            buckets: list[BucketChange] = []
+            rows = []
+            for row in connection.execute(query.with_for_update()):
+                before = Reservation(**row._mapping)
+                after = before.tightened(min(max(prompt_tokens[before.request_id], 0), MAX_AMOUNT))
+                if after == before:
+                    continue
+                rows.append(
+                    {
+                        "b_request_id": after.request_id,
+                        "b_nano_usd": after.reserved_nano_usd,
+                        "b_tokens": after.reserved_tokens,
+                    }
                 )
-            )
-            money = before.reserved_nano_usd - after.reserved_nano_usd
-            self._budgets.apply(connection, before.released(money))
-            tokens = before.reserved_tokens - after.reserved_tokens
-            self._rates.put_back(connection, before.put_back(tokens))
+                money += before.released(before.reserved_nano_usd - after.reserved_nano_usd)
+                buckets += before.put_back(before.reserved_tokens - after.reserved_tokens)
+            if rows:
+                connection.execute(_SHRINK, rows)
+                self._budgets.apply(connection, money)
+                self._rates.put_back(connection, buckets)
 
         self._database.write(shrink)
 
@@ -156,6 +167,21 @@ class ReservationRows:
 
         def mark(connection: Connection) -> None:
             connection.execute(ended)
+
+        self._database.write(mark)
+
+    def abandon(self, request_id: str, until_s: float) -> None:
+        """See `Ledger.abandon`; `until_s` is a Unix time."""
+        query = sa.update(reservations).where(_COLUMNS.request_id == request_id)
+        shortened = query.values(
+            has_ended=True,
+            held_until_s=sa.case(
+                (_COLUMNS.held_until_s > until_s, until_s), else_=_COLUMNS.held_until_s
+            ),
+        )
+
+        def mark(connection: Connection) -> None:
+            connection.execute(shortened)
 
         self._database.write(mark)
 

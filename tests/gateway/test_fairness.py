@@ -73,15 +73,19 @@ async def test_busy_teams_are_served_by_weight_and_the_queue_adds_a_replica(
                 # Never more than 8 run, half of what a replica is to have: the rest waits.
                 while await num_replicas(gateway) < 2:  # noqa: ASYNC110 - asks a process
                     await asyncio.sleep(0.5)
+                await asyncio.sleep(3)  # it, too, has something to count
         finally:
             stop.set()
     share = split["three shares"] / split.total()
     logger.info("three shares of four were served %.1f %%", 100 * share)
     assert share == pytest.approx(0.75, rel=0.1)
-    metrics = await asyncio.to_thread(gateway.metrics)
-    assert metrics.total("moonshard_request_queue_time_seconds_count") > 0
+    before_end = await asyncio.to_thread(gateway.settled_metrics)
+    assert before_end.total("moonshard_request_queue_time_seconds_count") > 0
     async with asyncio.timeout(SCALE_TIMEOUT_S):
         while (  # noqa: ASYNC110 - asks a process
             await num_replicas(gateway) > 1 or await num_replicas(gateway, "STOPPING")
         ):
             await asyncio.sleep(0.5)
+    # What the replica that has gone had counted is still there.
+    after_end = await asyncio.to_thread(gateway.settled_metrics)
+    assert after_end.counters() == before_end.counters()

@@ -75,9 +75,9 @@ def test_every_choice_of_every_prompt_is_reserved(ledger: Ledger) -> None:
     request = ask(principal, num_prompts=3, num_choices=2, prompt_bound_tokens=900, max_tokens=100)
     ledger.admit(request)
     assert _reserved(ledger, "key") == 2 * 900 * INPUT + 3 * 2 * 100 * OUTPUT
-    ledger.tighten(request.request_id, 90)
+    ledger.tighten({request.request_id: 90})
     assert _reserved(ledger, "key") == 90 * INPUT + 3 * 2 * 100 * OUTPUT
-    ledger.tighten(request.request_id, 10_000)
+    ledger.tighten({request.request_id: 10_000})
     assert _reserved(ledger, "key") == 90 * INPUT + 3 * 2 * 100 * OUTPUT
 
 
@@ -87,7 +87,7 @@ def test_what_was_tightened_can_be_reserved_by_others(ledger: Ledger) -> None:
     first = ask(principal)
     ledger.admit(first)
     _refusal(ledger, ask(principal))
-    ledger.tighten(first.request_id, 999)
+    ledger.tighten({first.request_id: 999})
     ledger.admit(ask(principal))
 
 
@@ -209,6 +209,27 @@ def test_who_has_the_answer_may_ask_again_though_the_record_is_not_there_yet(
     assert not ledger.admit(ask(key(ledger, "blue", budget(5)))).is_parallel_limited
 
 
+def test_who_left_before_a_sign_of_life_holds_money_for_a_moment_only(
+    ledger: Ledger, clock: Clock
+) -> None:
+    principal = key(ledger, limits=Limits(budget_nano_usd=10**12, max_parallel=1))
+    lost, late = ask(principal), ask(principal)
+    for request in (lost, late):
+        ledger.admit(request)
+        ledger.abandon(request.request_id, hold_s=60)
+    ledger.abandon("never admitted", hold_s=60)
+    ledger.abandon(late.request_id, hold_s=10**6)  # never longer than it was
+    assert _reserved(ledger, "key") == 2 * REQUEST_COST
+    (settled,) = ledger.settle([record(late)])
+    assert _reserved(ledger, "key") == REQUEST_COST
+    clock.now_s = NOON + 61
+    ledger.clean_up()
+    assert _reserved(ledger, "key") == 0
+    ledger.settle([record(lost)])  # even later: charged all the same
+    spent = next(one for one in ledger.budgets() if one.scope == "key").spent_nano_usd
+    assert spent == 2 * settled.cost_nano_usd
+
+
 def test_an_expired_parallel_request_counts_no_more_though_its_money_is_held(
     ledger: Ledger, clock: Clock
 ) -> None:
@@ -235,7 +256,7 @@ def test_who_has_no_limits_reserves_nothing(ledger: Ledger, ledger_url: str) -> 
     with tables(ledger_url) as connection:
         for table in ("reservations", "rate_buckets", "budget_periods"):
             assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0
-    ledger.tighten(request.request_id, 10)
+    ledger.tighten({request.request_id: 10})
     ledger.cancel(request.request_id)
     assert len(ledger.settle([record(request)])) == 1
 

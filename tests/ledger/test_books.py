@@ -104,7 +104,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(request=requests, prompt_tokens=st.integers(0, 3000))
     def tighten(self, request: AdmissionRequest, prompt_tokens: int) -> None:
-        self.ledger.tighten(request.request_id, prompt_tokens)
+        self.ledger.tighten({request.request_id: prompt_tokens})
 
     @rule(request=requests)
     def cancel(self, request: AdmissionRequest) -> None:

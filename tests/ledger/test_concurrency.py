@@ -149,7 +149,7 @@ def test_everything_at_once_keeps_the_books(
             for other in chance.sample(open_requests, min(2, len(open_requests))):
                 action = chance.randrange(3)
                 if action == 0:
-                    ledger.tighten(other.request_id, 300)
+                    ledger.tighten({other.request_id: 300})
                 elif action == 1:
                     ledger.cancel(other.request_id)
                 else:

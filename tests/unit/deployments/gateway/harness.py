@@ -48,10 +48,14 @@ Answer = Callable[[Any], AsyncGenerator[Any, None]]
 async def plain_answer(body: Any) -> AsyncGenerator[Any, None]:
     """A whole answer, or a stream, of 3 + 2 tokens."""
     if body.stream:
-        yield ['data: {"first": 1}\n\n', TokenCount(prompt=3, completion=1)]
-        yield ['data: {"second": 2}\n\n', "data: [DONE]\n\n", TokenCount(prompt=3, completion=2)]
+        yield ['data: {"first": 1}\n\n', TokenCount(prompt=3, completion=1).to_list()]
+        yield [
+            'data: {"second": 2}\n\n',
+            "data: [DONE]\n\n",
+            TokenCount(prompt=3, completion=2).to_list(),
+        ]
         return
-    yield TokenCount(prompt=3, completion=2)
+    yield [TokenCount(prompt=3, completion=2).to_list()]
     cls = CompletionResponse if hasattr(body, "prompt") else ChatCompletionResponse
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     yield cls(model=MODEL, choices=[], usage=usage)

@@ -37,9 +37,9 @@ async def test_the_first_of_several_prompts_does_not_stand_for_all(site: Site) -
     go = asyncio.Event()
 
     async def slow(_: Any) -> AsyncGenerator[Any, None]:
-        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1)]
+        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1).to_list()]
         await go.wait()
-        yield ["data: 2\n\n", TokenCount(prompt=60, completion=2)]
+        yield ["data: 2\n\n", TokenCount(prompt=60, completion=2).to_list()]
 
     site.router.answer = slow
     site.ledger.teams.set("research", Limits(budget_nano_usd=10**9))
@@ -165,7 +165,7 @@ async def test_a_key_that_is_revoked_while_it_waits_is_401_and_holds_nothing(
 
 
 async def test_money_of_a_request_that_a_router_may_have_waits_for_its_record(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def silent(_: Any) -> AsyncGenerator[Any, None]:
         await asyncio.Event().wait()
@@ -182,6 +182,20 @@ async def test_money_of_a_request_that_a_router_may_have_waits_for_its_record(
         assert reserved > 0
         await site.settle(prompt_tokens=3)
         assert site.reserved() == reserved // 2
+        # That of the other never comes. One of which a router had shown a sign is waited for.
+        monkeypatch.setattr("deployments.gateway.gateway._ABANDONED_HOLD_S", 0.0)
+        async with site.client(site.key()) as client:
+            assert (await client.post(CHAT, json=SHORT)).status_code == 504
+
+            async def begins(_: Any) -> AsyncGenerator[Any, None]:
+                yield [TokenCount(prompt=1, completion=1).to_list()]
+                await asyncio.Event().wait()
+
+            site.router.answer = begins
+            assert (await client.post(CHAT, json=SHORT)).status_code == 504
+        monkeypatch.setattr("monitoring.ledger.admission._CLEANUP_INTERVAL_S", 0.0)
+        site.ledger._admitter._next_cleanup_s = 0.0
+        await until(lambda: reserved // 2 < site.reserved() < reserved)
 
 
 async def test_strangers_who_ask_whether_it_is_ready_share_one_question(site: Site) -> None:

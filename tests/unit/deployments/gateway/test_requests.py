@@ -81,10 +81,10 @@ async def test_a_stream_comes_without_its_counts(site: Site) -> None:
 async def test_an_answer_of_a_replica_that_counts_nothing_is_the_same(site: Site) -> None:
     async def uncounted(body: Any) -> AsyncGenerator[Any, None]:
         async for item in plain_answer(body):
-            if isinstance(item, list):
-                yield [event for event in item if not isinstance(event, TokenCount)]
-            elif not isinstance(item, TokenCount):
+            if not isinstance(item, list):
                 yield item
+            elif events := item[:-1]:
+                yield events
 
     site.router.answer = uncounted
     async with site.client(site.key()) as client:
@@ -96,11 +96,11 @@ async def test_what_a_request_may_cost_is_set_aside_then_tightened_then_settled(
     go = asyncio.Event()
 
     async def slow(_: Any) -> AsyncGenerator[Any, None]:
-        count = TokenCount(prompt=3, completion=1)
+        count = TokenCount(prompt=3, completion=1).to_list()
         while not go.is_set():  # tightened once it has run for a while
             yield ["data: 1\n\n", count]
             await asyncio.sleep(0.05)
-        yield ["data: 2\n\n", TokenCount(prompt=3, completion=2)]
+        yield ["data: 2\n\n", TokenCount(prompt=3, completion=2).to_list()]
 
     site.router.answer = slow
     site.ledger.teams.set("research", Limits(budget_nano_usd=10**9))
@@ -204,7 +204,7 @@ async def test_an_error_of_the_router_keeps_its_status(site: Site) -> None:
     error = ErrorResponse(error=ErrorInfo(message=json.dumps(fields), type="t", code=400))
 
     async def refusing(body: Any) -> AsyncGenerator[Any, None]:
-        yield [error, TokenCount()] if body.stream else error
+        yield [error, TokenCount().to_list()] if body.stream else error
 
     site.router.answer = refusing
     async with site.client(site.key()) as client:
@@ -216,8 +216,12 @@ async def test_an_error_of_the_router_keeps_its_status(site: Site) -> None:
 
 async def test_an_error_within_a_stream_counts_as_one(site: Site) -> None:
     async def failing(_: Any) -> AsyncGenerator[Any, None]:
-        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1)]
-        yield ['data: {"error": {}}\n\n', "data: [DONE]\n\n", TokenCount(prompt=3, completion=1)]
+        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1).to_list()]
+        yield [
+            'data: {"error": {}}\n\n',
+            "data: [DONE]\n\n",
+            TokenCount(prompt=3, completion=1).to_list(),
+        ]
 
     site.router.answer = failing
     async with site.client(site.key()) as client:

@@ -64,7 +64,11 @@ async def test_who_hangs_up_gives_his_place_back_and_is_still_billed(
     site: Site, is_stream: bool
 ) -> None:
     async def endless(_: Any) -> AsyncGenerator[Any, None]:
-        yield ["data: 1\n\n", TokenCount(prompt=3, completion=1)] if is_stream else TokenCount()
+        yield (
+            ["data: 1\n\n", TokenCount(prompt=3, completion=1).to_list()]
+            if is_stream
+            else [TokenCount().to_list()]
+        )
         await asyncio.Event().wait()
 
     site.router.answer = endless
@@ -139,7 +143,7 @@ async def test_an_overload_is_503_with_a_time(tmp_path: Path) -> None:
 async def test_a_request_that_takes_too_long_is_504(tmp_path: Path) -> None:
     async def endless(body: Any) -> AsyncGenerator[Any, None]:
         if body.stream:
-            yield ["data: 1\n\n", TokenCount(prompt=1, completion=1)]
+            yield ["data: 1\n\n", TokenCount(prompt=1, completion=1).to_list()]
         await asyncio.Event().wait()
         yield
 
