@@ -235,6 +235,9 @@ class RouterConfig(Section):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs that Ray reserves for a replica."""
 
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of a replica, e.g. to keep replicas to a group of nodes."""
+
     max_ongoing_requests: int = Field(default=64, ge=1)
     """Requests that a replica takes at once; more wait at the ingress."""
 

@@ -33,6 +33,9 @@ class HttpConfig(Section):
     num_cpus: float = Field(default=0.25, ge=0)
     """Logical CPUs that Ray reserves for an ingress replica."""
 
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of an ingress replica, e.g. to keep it to a group of nodes."""
+
 
 class GatewayConfig(Section):
     """Who may ask, and how much at once. Keys, teams, budgets and limits live in the ledger's

@@ -64,7 +64,10 @@ def _build(config: MoonshardConfig, *, remote_experts: bool) -> Application:
         num_replicas=config.http.num_replicas,
         max_ongoing_requests=_INGRESS_MAX_ONGOING,
         graceful_shutdown_timeout_s=config.router.graceful_shutdown_timeout_s,
-        ray_actor_options={"num_cpus": config.http.num_cpus},
+        ray_actor_options={
+            "num_cpus": config.http.num_cpus,
+            "resources": config.http.resources,
+        },
     )
     return ingress.bind(
         llm_deployments={name: router},

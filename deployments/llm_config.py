@@ -115,7 +115,7 @@ def _deployment_options(config: MoonshardConfig) -> dict[str, Any]:
         "graceful_shutdown_wait_loop_s": _SHUTDOWN_POLL_S,
         "health_check_period_s": _HEALTH_PERIOD_S,
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
-        "ray_actor_options": {"num_cpus": router.num_cpus},
+        "ray_actor_options": {"num_cpus": router.num_cpus, "resources": router.resources},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayError
@@ -26,6 +27,8 @@ from deployments.gateway.passage import Ending, Passage
 __all__ = ["EventStream", "ending_of", "failure", "first_of", "never_sent"]
 
 logger = logging.getLogger(__name__)
+
+_LAST_TIMEOUT_S = 5.0
 
 
 class EventStream(StreamingResponse):
@@ -57,7 +60,16 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
         try:
-            await super().__call__(scope, receive, send)
+            # One deadline for all of it: one for each item would cost more than the item.
+            async with asyncio.timeout_at(self._deadline):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            self._passage.end("timeout")
+            await self._passage.leave()
+            last = (timed_out(self._timeout_s).event() + DONE_EVENT).encode()
+            with suppress(TimeoutError):  # of a client that has stopped reading
+                async with asyncio.timeout(_LAST_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             # Also when the generator has not even begun, or waits for a client that is gone.
             self._passage.end("client_closed")
@@ -73,13 +85,7 @@ class EventStream(StreamingResponse):
                     await self._passage.leave()
                 yield "".join(events)
             try:
-                async with asyncio.timeout_at(self._deadline):
-                    batch = await anext(self._items, None)
-            except TimeoutError:
-                self._passage.end("timeout")
-                await self._passage.leave()
-                yield timed_out(self._timeout_s).event() + DONE_EVENT
-                return
+                batch = await anext(self._items, None)
             except Exception as error:  # noqa: BLE001 - the process boundary; `failure` logs it
                 self._passage.end("server_error")
                 await self._passage.leave()

@@ -21,7 +21,8 @@ Send = Callable[[list[UsageRecord]], Awaitable[None]]
 """Returns when the ledger has the records; raises when it may not have them."""
 
 _BATCH_RECORDS = 500
-# From one batch to the next, at least: under load requests end faster than calls are cheap.
+# So long the first record waits for others: requests end together, and begin together, when a
+# call for each would be in the way.
 _LINGER_S = 0.25
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 5.0
@@ -62,7 +63,7 @@ class OrphanShipper:
         self._backlog: tuple[int, float | None] = (0, None)
         self._max_pause_s = _MAX_PAUSE_S
         self._num_failures = 0
-        self._sent_at = self._logged_at = float("-inf")
+        self._logged_at = float("-inf")
 
     def start(self) -> None:
         """Begin, with what dead replicas left."""
@@ -116,6 +117,7 @@ class OrphanShipper:
     async def _deliver(self) -> None:
         while True:
             await self._wake.wait()
+            await self._sleep(_LINGER_S)
             self._wake.clear()
             try:
                 while await self._ship_batch():
@@ -156,9 +158,6 @@ class OrphanShipper:
         """Send one batch, or pause after a failure; False when there is nothing to send."""
         if not self._has_work():
             return False
-        linger_s = self._sent_at + _LINGER_S - self._monotonic()
-        if linger_s > 0:
-            await self._sleep(linger_s)
         batch = self._next_batch()
         if batch is None:
             self._note_backlog()
@@ -169,7 +168,6 @@ class OrphanShipper:
         except Exception as error:  # noqa: BLE001 - whatever it is, the records must get there
             await self._pause(error)
             return True
-        self._sent_at = self._monotonic()
         with self._watched(source):
             source.acknowledge(len(records))
             if isinstance(source, Orphan) and not source.num_pending:
