@@ -45,6 +45,11 @@ class GatewayConfig(Section):
     """Ask every caller for an API key. Without keys only callers on this machine are served, each
     with an administrator's rights."""
 
+    admin_key: str | None = Field(default=None, pattern=r"^\$\{\w+\}$")
+    """`${NAME}`, the environment variable with the secret of an administrator's key (`sk-ms-` and
+    at least 32 random characters), which the gateway makes as it starts unless there is one.
+    Unset, `moonshard keys bootstrap` makes the first key."""
+
     default_max_tokens: int = Field(default=4096, ge=1)
     """Longest answer, in tokens, of a chat request that sets no limit itself."""
 
@@ -60,6 +65,15 @@ class GatewayConfig(Section):
 
     max_auth_failures: int = Field(default=60, ge=1)
     """Wrong keys per minute and client address, before its requests get 429."""
+
+    @property
+    def admin_secret(self) -> str | None:
+        """What `admin_key` stands for.
+
+        Raises:
+            ConfigError: it names a variable that the environment does not have.
+        """
+        return None if self.admin_key is None else _expanded(self.admin_key, "gateway.admin_key")
 
 
 class LedgerConfig(Section):

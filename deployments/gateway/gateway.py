@@ -140,8 +140,16 @@ class Gateway:
         url = config.ledger.database_url
         check_database(url, config.http.num_replicas)
         calls = LedgerCalls(lambda: None)
+        secret = config.gateway.admin_secret
+
+        def open_ledger() -> Ledger:
+            ledger = Ledger.open(url, prices)
+            if secret is not None and ledger.keys.ensure_admin(secret):
+                logger.info("made the administrator's key that gateway.admin_key names")
+            return ledger
+
         try:
-            ledger = await calls.run("requests", lambda: Ledger.open(url, prices), _OPEN_TIMEOUT_S)
+            ledger = await calls.run("requests", open_ledger, _OPEN_TIMEOUT_S)
         finally:
             calls.close()
         gateway = cls(config, ledger, send, name)

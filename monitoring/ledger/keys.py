@@ -28,6 +28,7 @@ BOOTSTRAP_TEAM = "admin"
 """Team, and name, of the first administrator's key."""
 
 _SECRET_BYTES = 32
+_MIN_GIVEN_SECRET = len(SECRET_PREFIX) + 32
 _ID_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"
 _ID_LENGTH = 12
 _MAX_MODELS = 100
@@ -149,6 +150,39 @@ class KeyStore:
         self._database.write(insert)
         return secret
 
+    def ensure_admin(self, secret: str) -> bool:
+        """Make an administrator's key of a given secret, unless that was done before: one that was
+        revoked or rotated since stays so. Any number of processes may do it at once.
+
+        Args:
+            secret: `sk-ms-` and at least 32 more characters, as random as ours.
+
+        Returns:
+            Whether it was made.
+
+        Raises:
+            InvalidEntryError: the secret is too short, or has another prefix.
+        """
+        if not secret.startswith(SECRET_PREFIX) or len(secret) < _MIN_GIVEN_SECRET:
+            raise InvalidEntryError(
+                f"the administrator's key must be {SECRET_PREFIX!r} and at least "
+                f"{_MIN_GIVEN_SECRET - len(SECRET_PREFIX)} random characters"
+            )
+        row, _ = self._new_row(BOOTSTRAP_TEAM, BOOTSTRAP_TEAM, (), None, True, Limits())
+        row["secret_hash"] = hash_secret(secret)
+        # The same for the same secret, whatever becomes of the row.
+        row["key_id"] = _key_id(int.from_bytes(hash_secret(f"id of {secret}")))
+        known = sa.select(_COLUMNS.key_id).where(_COLUMNS.key_id == row["key_id"])
+
+        def insert(connection: Connection) -> bool:
+            self._database.lock_totals(connection, exclusive=True)  # one at a time
+            if connection.execute(known).first() is not None:
+                return False
+            connection.execute(sa.insert(api_keys), row)
+            return True
+
+        return self._database.write(insert)
+
     def list(self) -> list[KeyInfo]:
         """All keys that were ever made, by team, name and age."""
         query = sa.select(api_keys).order_by(
@@ -261,7 +295,7 @@ class KeyStore:
             expires_at = checked_time("expires_at", expires_at, now_s)
         secret = _new_secret()
         row = {
-            "key_id": "key_" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH)),
+            "key_id": _key_id(secrets.randbits(256)),
             "team": checked_name("team", team),
             "name": checked_name("name", name),
             "secret_hash": hash_secret(secret),
@@ -288,6 +322,15 @@ class KeyStore:
 
 def _new_secret() -> str:
     return SECRET_PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
+
+
+def _key_id(number: int) -> str:
+    """Of a random number of 256 bits."""
+    letters = []
+    for _ in range(_ID_LENGTH):
+        number, place = divmod(number, len(_ID_ALPHABET))
+        letters.append(_ID_ALPHABET[place])
+    return "key_" + "".join(letters)
 
 
 def _principal(row: sa.Row[Any]) -> Principal:

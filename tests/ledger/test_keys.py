@@ -55,6 +55,23 @@ def test_a_revoked_key_finds_nobody(ledger: Ledger, clock: Clock) -> None:
         ledger.keys.revoke("key_none")
 
 
+def test_the_key_of_a_given_secret_is_made_once(ledger: Ledger) -> None:
+    secret = "sk-ms-" + "x1Y-" * 8
+    assert ledger.keys.ensure_admin(secret)
+    found = ledger.keys.find(secret)
+    assert found is not None
+    assert found.is_admin
+    assert re.fullmatch(r"key_[a-z0-9]{12}", found.key_id)
+    assert not ledger.keys.ensure_admin(secret)
+    ledger.keys.rotate(found.key_id)
+    assert not ledger.keys.ensure_admin(secret)
+    assert ledger.keys.find(secret) is None  # no rotation and no revocation is undone
+    assert ledger.keys.ensure_admin(secret + "2")
+    for weak in ("", "sk-ms-short", "x" * 80):
+        with pytest.raises(InvalidEntryError, match="at least 32 random"):
+            ledger.keys.ensure_admin(weak)
+
+
 def test_an_expired_key_finds_nobody(ledger: Ledger, clock: Clock) -> None:
     _, secret = ledger.keys.create("red", "ci", expires_at=NOON + 10)
     clock.now_s = NOON + 9.9
