@@ -210,8 +210,13 @@ class Ingress(OpenAiIngress):  # type: ignore[misc]
     async def _open_gateway(self) -> Gateway:
         if (host := await asyncio.to_thread(serve_http_host)) is not None:
             check_exposure(host, require_keys=self._config.gateway.require_keys)
-        name = serve.get_replica_context().replica_id.unique_id
-        return await Gateway.open(self._config, MetricsSender().send, name)
+        context = serve.get_replica_context()
+        return await Gateway.open(
+            self._config,
+            MetricsSender().send,
+            context.replica_id.unique_id,
+            context.app_name,
+        )
 
     def _card(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "moonshard"}

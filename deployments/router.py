@@ -139,8 +139,10 @@ class Router(LLMServer):  # type: ignore[misc]
 
     def _start_metrics(self) -> None:
         assert self._shipper is not None
+        context = serve.get_replica_context()
         self._metrics = RouterMetrics(
-            serve.get_replica_context().replica_id.unique_id,
+            context.replica_id.unique_id,
+            context.app_name,
             self._experts,
             self._shipper.backlog,
             MetricsSender().send,

@@ -31,6 +31,7 @@ class RouterMetrics:
 
     Args:
         replica: its name.
+        app: the Serve application that it belongs to.
         experts: None with vLLM's own experts.
         backlog: usage records that the ledger lacks, and the age of the oldest in seconds.
         send: delivers a message to the metrics actor.
@@ -40,6 +41,7 @@ class RouterMetrics:
     def __init__(
         self,
         replica: str,
+        app: str,
         experts: RemoteExperts | None,
         backlog: Callable[[], tuple[int, float]],
         send: Callable[[Push], Awaitable[Ack]],
@@ -49,7 +51,7 @@ class RouterMetrics:
         self._experts = experts
         self._backlog = backlog
         self._metrics = Metrics("router")
-        source = SourceId.new("router", replica)
+        source = SourceId.new("router", replica, app)
         self._pusher = MetricsPusher(self._metrics, source, send, interval_s, self._refresh)
         self._task: asyncio.Task[None] | None = None
         if experts is not None:

@@ -26,7 +26,7 @@ from monitoring.sources import News, Source, Sources, Standing
 __all__ = ["Aggregator"]
 
 _BY_ATTRIBUTE = {declaration.attribute: declaration for declaration in DECLARATIONS}
-_LAYOUT = 2  # of what `save` gives
+_LAYOUT = 3  # of what `save` gives
 _FORMAT = zlib.crc32(repr((_LAYOUT, DECLARATIONS)).encode())
 # Below the 10 s that the gateway waits for an answer, with room for making it.
 _AWAIT_S = 8.0
@@ -68,7 +68,9 @@ class Aggregator:
         news = self._sources.hear(push, now_s)
         if news is not None:
             self._count(push.source.name, news)
-        return Ack(push.sequence, is_gap, self._incarnation, self._history, self._view())
+        return Ack(
+            push.sequence, is_gap, self._incarnation, self._history, self._view(push.source.app)
+        )
 
     def depart(self, role: Role, name: str) -> None:
         """A process has ended: its gauges go, its counts stay."""
@@ -255,12 +257,14 @@ class Aggregator:
         }
         return means | {"layers": layers}
 
-    def _view(self) -> ClusterView:
-        queued = self._gauges(_BY_ATTRIBUTE["gateway_queued_requests"])
+    def _view(self, app: str) -> ClusterView:
+        """The cluster as an application's replicas need to see it."""
+        gateways = [source for key, source in self._sources.live("gateway") if key.app == app]
+        queued = (one.gauges.get("gateway_queued_requests", {}).get((), 0) for one in gateways)
         return ClusterView(
-            num_routers=sum(1 for _ in self._sources.live("router")),
-            num_gateways=sum(1 for _ in self._sources.live("gateway")),
-            queued_requests=int(queued.get((), 0)),
+            num_routers=sum(1 for key, _ in self._sources.live("router") if key.app == app),
+            num_gateways=len(gateways),
+            queued_requests=int(sum(queued)),
         )
 
 

@@ -39,16 +39,18 @@ class SourceId:
         role: what it is.
         name: what outlives a restart (a shard's id), or a replica's name.
         epoch: new random id for every start.
+        app: the Serve application that it is a replica of; "" for what all of them share.
     """
 
     role: Role
     name: str
     epoch: str
+    app: str = ""
 
     @classmethod
-    def new(cls, role: Role, name: str) -> Self:
+    def new(cls, role: Role, name: str, app: str = "") -> Self:
         """Of a process that has just started."""
-        return cls(role, name, secrets.token_hex(8))
+        return cls(role, name, secrets.token_hex(8), app)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,8 +21,8 @@ Send = Callable[[list[UsageRecord]], Awaitable[None]]
 """Returns when the ledger has the records; raises when it may not have them."""
 
 _BATCH_RECORDS = 500
-# So long the first record waits for others: requests end together, and begin together, when a
-# call for each would be in the way.
+# So long a record waits for others: under load requests end, and the next begin, together, when
+# a call for each would be in the way.
 _LINGER_S = 0.25
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 5.0
@@ -117,11 +117,11 @@ class OrphanShipper:
     async def _deliver(self) -> None:
         while True:
             await self._wake.wait()
-            await self._sleep(_LINGER_S)
             self._wake.clear()
             try:
+                await self._sleep(_LINGER_S)
                 while await self._ship_batch():
-                    pass
+                    await self._sleep(_LINGER_S)
             except OSError:
                 logger.exception("cannot read or mark the write-ahead log")
                 await self._sleep(_MAX_PAUSE_S)

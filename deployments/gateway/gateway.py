@@ -81,6 +81,7 @@ class Gateway:
         ledger: open; the gateway closes it.
         send: hands metrics on; None keeps them here.
         name: of this replica.
+        app: the Serve application that it belongs to.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Gateway:
         ledger: Ledger,
         send: Callable[[Push], Awaitable[Ack]] | None = None,
         name: str = "ingress",
+        app: str = "",
     ) -> None:
         self._config = config
         self._ledger = ledger
@@ -114,7 +116,7 @@ class Gateway:
         self._pusher = (
             MetricsPusher(
                 self.telemetry.metrics,
-                SourceId.new("gateway", name),
+                SourceId.new("gateway", name, app),
                 send,
                 config.metrics.push_interval_s,
             )
@@ -130,6 +132,7 @@ class Gateway:
         config: MoonshardConfig,
         send: Callable[[Push], Awaitable[Ack]] | None = None,
         name: str = "ingress",
+        app: str = "",
     ) -> Gateway:
         """Open the ledger, and start.
 
@@ -152,7 +155,7 @@ class Gateway:
             ledger = await calls.run("requests", open_ledger, _OPEN_TIMEOUT_S)
         finally:
             calls.close()
-        gateway = cls(config, ledger, send, name)
+        gateway = cls(config, ledger, send, name, app)
         gateway.start()
         return gateway
 

@@ -29,7 +29,7 @@ async def test_withdrawals_are_counted_not_the_layers_that_lacked_experts(tmp_pa
 
     guard = ExpertsGuard(state)
     experts = SimpleNamespace(guard=guard, counters=state.snapshot)
-    metrics = RouterMetrics("r", cast(Any, experts), lambda: (0, 0.0), send, 1.0)
+    metrics = RouterMetrics("r", "app", cast(Any, experts), lambda: (0, 0.0), send, 1.0)
     state.add("rows", 7)
     await metrics._pusher.push()
     assert value(aggregator, "moonshard_experts_unavailable_total") == 0

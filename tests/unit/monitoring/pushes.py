@@ -27,11 +27,16 @@ class Process:
     """A process whose counts a test sets."""
 
     def __init__(
-        self, role: str, name: str, interval_s: float = 1.0, epoch: str | None = None
+        self,
+        role: str,
+        name: str,
+        interval_s: float = 1.0,
+        epoch: str | None = None,
+        app: str = "",
     ) -> None:
-        self.source = SourceId.new(role, name)  # type: ignore[arg-type]
+        self.source = SourceId.new(role, name, app)  # type: ignore[arg-type]
         if epoch is not None:
-            self.source = SourceId(role, name, epoch)  # type: ignore[arg-type]
+            self.source = SourceId(role, name, epoch, app)  # type: ignore[arg-type]
         self.counts: Counts = {}
         self.gauges: dict[str, dict[tuple[str, ...], float]] = {}
         self.experts: ExpertRows | None = None

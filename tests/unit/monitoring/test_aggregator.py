@@ -202,6 +202,12 @@ def test_an_answer_tells_about_the_cluster(aggregator: Aggregator) -> None:
         push = process.state.next_push()
         ack = aggregator.apply(push)
     assert ack.view == ClusterView(num_routers=2, num_gateways=2, queued_requests=8)
+    # Another application's replicas are none of its business, nor the other way round.
+    other = Process("router", "c", app="other")
+    view = aggregator.apply(other.state.next_push()).view
+    assert view == ClusterView(num_routers=1, num_gateways=0, queued_requests=0)
+    view = aggregator.apply(process.state.next_push()).view
+    assert (view.num_routers, view.num_gateways) == (2, 2)
 
 
 def test_a_restart_goes_on_from_what_was_saved(aggregator: Aggregator, clock: Clock) -> None:
