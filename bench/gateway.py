@@ -3,7 +3,8 @@
 Both applications stand in one Ray cluster, each with one router replica, over the same shards, and
 take turns under `vllm bench serve`. The key has a hard budget and all rate limits, its team too, so
 every request takes the long way through the ledger (SQLite). Pairs of runs, with the order flipped
-each time; the medians of the pairs' differences are what counts.
+each time; the medians of the pairs' differences are what counts. At the end, how long a request for
+which no budget is left waits for its 429: one at a time, and 64 at once.
 
     python -m bench.gateway [--rounds 7] [--concurrency 1 8 32]
 """
@@ -11,13 +12,17 @@ each time; the medians of the pairs' differences are what counts.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from bench.serve import applications, machine, run_load, single_replica_args
+import httpx
+
+from bench.serve import PORT, applications, machine, run_load, single_replica_args
 from cluster.config import REPO_ROOT, parse_config
 from monitoring.ledger import Ledger, Limits
 from monitoring.prices import PriceTable
@@ -29,6 +34,7 @@ BUILDERS = {
 }
 TEAM = "bench"
 PLENTY = 10**15
+NUM_REFUSALS, AT_ONCE = 100, 64
 LIMITS = Limits(
     budget_nano_usd=PLENTY,
     requests_per_minute=10**6,
@@ -37,16 +43,17 @@ LIMITS = Limits(
 )
 
 
-def key_of(args: dict[str, Any]) -> str:
-    """A key that everything limits, in the ledger of these settings."""
+def keys_of(args: dict[str, Any]) -> tuple[str, str]:
+    """A key that everything limits, and one without money, in the ledger of these settings."""
     config = parse_config(args)
     ledger = Ledger.open(config.ledger.database_url, PriceTable.load(config.ledger.prices_path))
     try:
         ledger.teams.set(TEAM, LIMITS)
         _, secret = ledger.keys.create(TEAM, TEAM, limits=LIMITS)
+        _, poor = ledger.keys.create("poor", "poor", limits=Limits(budget_nano_usd=1))
     finally:
         ledger.close()
-    return secret
+    return secret, poor
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -100,6 +107,28 @@ def summary(concurrency: int, pairs: list[Any]) -> dict[str, Any]:
     }
 
 
+async def refusals(key: str) -> dict[str, Any]:
+    """Time from a request to its refusal, in milliseconds."""
+    url = f"http://127.0.0.1:{PORT}/accounted/v1/completions"
+    body = {"model": "kimi-nano", "prompt": "1", "max_tokens": 16}
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(headers=headers, timeout=60) as client:
+
+        async def ask() -> float:
+            started = time.monotonic()
+            answer = await client.post(url, json=body)
+            assert answer.status_code == httpx.codes.TOO_MANY_REQUESTS, answer.text
+            return 1e3 * (time.monotonic() - started)
+
+        alone = [await ask() for _ in range(NUM_REFUSALS)]
+        together = await asyncio.gather(*(ask() for _ in range(AT_ONCE)))
+    return {
+        "alone_ms_p50": round(statistics.median(alone), 2),
+        f"of_{AT_ONCE}_at_once_ms_p50": round(statistics.median(together), 2),
+        f"of_{AT_ONCE}_at_once_ms_max": round(max(together), 2),
+    }
+
+
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -112,15 +141,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         args = settings(Path(folder))
-        key = key_of(args)
+        key, poor = keys_of(args)
         with applications(args, BUILDERS):
             pairs = measure(options, args, key)
+            refused = asyncio.run(refusals(poor))
     results = [summary(concurrency, found) for concurrency, found in pairs.items()]
     for result in results:
         print(json.dumps(result))
+    print(json.dumps({"refusals": refused}))
     if not options.dry:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": machine(), "rounds": options.rounds, "results": results}
+        report["refusals"] = refused
         RESULTS.write_text(json.dumps(report, indent=2) + "\n")
         print(f"written to {RESULTS.relative_to(REPO_ROOT)}")
 

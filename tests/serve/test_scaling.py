@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL = "kimi-nano"
 CONCURRENCY = 32
 NUM_LONG = 6
-LONG_TOKENS = 2500
+LONG_TOKENS = 1500
 MIN_LONG_S = 20.0
 # The drain of a replica that has nothing to do takes about a second.
 MIN_DRAIN_S = 4.0
