@@ -155,6 +155,8 @@ def bytes_of(rows: torch.Tensor) -> Bytes:
 
 
 def _rows_from(body: Bytes, dtype_code: int, rows: int, hidden: int) -> torch.Tensor:
+    if not body.size:  # has no strides that torch takes for those of another type
+        return torch.empty(rows, hidden, dtype=_DTYPES[dtype_code])
     return torch.from_numpy(body).view(_DTYPES[dtype_code]).view(rows, hidden)
 
 

@@ -7,14 +7,14 @@ import json
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from deployments.accounting import Accounts, RequestAccount, metered
-from monitoring.usage import UsageRecord
+from monitoring.usage import TokenCount, UsageRecord
 from monitoring.write_ahead import UsageLog, orphans
 from tests.vllm import harness
 
@@ -107,15 +107,17 @@ class Caller:
         if self.hangs_up:
             await asyncio.sleep(self._chance.random() * 0.5)
             task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await task
 
     async def _read(self) -> None:
         answer = metered(self._answer(), self._open)
         try:
             async for item in answer:
                 if isinstance(item, list):
-                    self.num_delivered += item[0]
-                    assert item[-1].completion >= self.num_delivered
+                    *new, count = item
+                    self.num_delivered += sum(new)
+                    assert TokenCount(*count).completion >= self.num_delivered
         finally:
             await answer.aclose()
 

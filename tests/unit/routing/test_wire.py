@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from routing.exceptions import WireError
@@ -62,6 +62,8 @@ def test_random_bytes_are_no_header(data: bytes) -> None:
         FrameHeader.from_bytes(data)
 
 
+@example(FrameKind.REQUEST, (1, 0, 0, 0, 0), (0, 4), 64)
+@example(FrameKind.REPLY, (1, 0, 0, 0, 0), (4, 0), 0)
 @given(
     st.sampled_from(list(FrameKind)),
     st.tuples(st.integers(0, 255), st.integers(0, 2**16 - 1), st.just(0), st.just(0), st.just(0)),
