@@ -81,7 +81,8 @@ class EventStream(StreamingResponse):
         while True:
             if events:
                 is_wrong = is_wrong or any(event.startswith(ERROR_EVENT) for event in events)
-                if DONE_EVENT in events:
+                if DONE_EVENT in events:  # who has it may hang up before the end is seen
+                    self._passage.end("server_error" if is_wrong else "ok")
                     await self._passage.leave()
                 yield "".join(events)
             try:

@@ -9,7 +9,7 @@ from typing import Any
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 
 from deployments.accounting.account import RequestAccount
-from deployments.errors import ERROR_EVENT
+from deployments.errors import DONE_EVENT, ERROR_EVENT
 from monitoring.usage import Outcome
 
 __all__ = ["metered"]
@@ -41,11 +41,15 @@ async def metered(
                 break
             if isinstance(item, list):
                 is_wrong = is_wrong or any(map(_is_error, item))
+                is_last = DONE_EVENT in item
                 item.append(account.count.to_list())
-            elif _is_error(item):
-                is_wrong = True
             else:
-                yield [account.count.to_list()]
+                is_last = True
+                is_wrong = _is_error(item)
+                if not is_wrong:
+                    yield [account.count.to_list()]
+            if is_last:  # a caller who has it all may hang up before the end is seen
+                outcome = "error" if is_wrong else "ok"
             yield item
         outcome = "error" if is_wrong else "ok"
     except Exception:

@@ -102,6 +102,22 @@ async def test_a_caller_that_leaves_is_billed_what_was_made(book: Book) -> None:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
+async def test_a_caller_that_leaves_with_all_of_the_answer_has_not_left_early(
+    book: Book, is_stream: bool
+) -> None:
+    if is_stream:
+        stream = streamed(book, whole("data: 1\n\n", "data: [DONE]\n\n"))
+        while "data: [DONE]\n\n" not in await anext(stream):
+            pass
+    else:
+        stream = metered(whole(object()), book.open)
+        await anext(stream)
+        await anext(stream)
+    await stream.aclose()
+    assert book.record.outcome == "ok"
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
 async def test_a_cancelled_request_leaves_its_record(book: Book, is_stream: bool) -> None:
     begun = asyncio.Event()
 
