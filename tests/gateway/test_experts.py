@@ -99,8 +99,8 @@ def test_the_matrix_is_that_of_transformers_router(gateway: Gateway) -> None:
 
 async def test_requests_pay_for_the_shards_time(gateway: Gateway) -> None:
     def spent() -> tuple[float, float]:
+        metrics = gateway.settled_metrics()  # by then the records are in the ledger, too
         (row,) = read_usage(gateway.server.url, gateway.headers, group_by="")
-        metrics = gateway.settled_metrics()
         busy_s = metrics.total("moonshard_shard_busy_seconds_total")
         return row["expert_cost_nano_usd"] / 1e9, busy_s
 

@@ -8,14 +8,22 @@ import signal
 
 import pytest
 
+from monitoring.ledger import BudgetState
 from tests.gateway.conftest import Gateway
 from tests.ledger_truth import Book, generated_tokens, read_usage
 from tests.mixed_load import mixed_requests, run_load
+from tests.serving import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CONCURRENCY = 16
+ABANDONED_TIMEOUT_S = 90
 BUDGET = 10**12 + 7  # nobody else has this one
+
+
+def the_budget(gateway: Gateway) -> BudgetState:
+    (budget,) = [one for one in gateway.ledger.budgets() if one.limit_nano_usd == BUDGET]
+    return budget
 
 
 @pytest.fixture
@@ -38,14 +46,20 @@ async def test_mixed_requests_are_in_the_ledger_to_the_token(gateway: Gateway, b
     assert seen["completion_tokens"] == after - before
     assert seen["prompt_tokens"] == sum(row["prompt_tokens"] for row in rows)
     assert seen["cost_nano_usd"] == sum(row["cost_nano_usd"] for row in rows)
-    (budget,) = [one for one in gateway.ledger.budgets() if one.limit_nano_usd == BUDGET]
-    assert budget.spent_nano_usd == seen["cost_nano_usd"]
+    assert the_budget(gateway).spent_nano_usd == seen["cost_nano_usd"]
     metrics = await asyncio.to_thread(gateway.settled_metrics)
     tokens = {
         kind: metrics.total("moonshard_tokens_total", team=team, kind=kind)
         for kind in ("prompt", "cached", "completion", "reasoning")
     }
     assert tokens == {kind: seen[f"{kind}_tokens"] for kind in tokens}
+    # What was set aside for those who hung up before a router had them comes back, too.
+    await asyncio.to_thread(
+        wait_until,
+        lambda: the_budget(gateway).reserved_nano_usd == 0,
+        ABANDONED_TIMEOUT_S,
+        "money stays set aside for nobody",
+    )
 
 
 @pytest.mark.parametrize("victim", ["postgres", "ingress", "router"])
